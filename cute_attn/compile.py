@@ -122,6 +122,6 @@ def _import_dsl():
         except (ImportError, OSError) as error:
             raise NotImplementedError(
                 f"{name} can't be imported ({error}); the GPU kernels are {used} with it: "
-                f"try pip install {package}, or backend='reference'"
+                f"try pip install {package} (Linux only), or backend='reference'"
             ) from error
     return found

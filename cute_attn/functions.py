@@ -130,9 +130,12 @@ def _recorded(graph: Graph, mask, score, tensors, alibi_slopes, element, behind:
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
     """The node that a function returns."""
-    _check_parameters(name, function, arguments)
-    with Tracing(graph):
-        result = function(*arguments)
+    try:
+        with Tracing(graph):
+            result = function(*arguments)
+    except TypeError:
+        _check_parameters(name, function, arguments)
+        raise
     if not isinstance(result, (Symbol, bool, int, float, np.generic, torch.Tensor)):
         raise TypeError(f"{name} returns {shown(result)}; a {kind} is needed: try return of what the function computes")
     node = graph.operand(result)

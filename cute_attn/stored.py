@@ -79,7 +79,7 @@ class Stored:
                         f"torch.cumsum of how many each sequence has, with a 0 before it"
                     )
                 counts[name] = [after - before for before, after in pairwise(values)]
-        (queries, new), lengths = counts.values(), self.lengths.tolist()
+        queries, new, lengths = counts["cu_seqlens_q"], counts["cu_seqlens_k_new"], self.lengths.tolist()
         for i, (length, more) in enumerate(zip(lengths, new, strict=True)):
             if not 0 <= length <= self.capacity - more:
                 behind = f" and room for {more} new ones behind them" if more else ""

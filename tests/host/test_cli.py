@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 
 import pytest
+from rich.console import Console
 
-from cute_attn import fill, layouts, machine
+from cute_attn import demo, fill, layouts, machine
 from cute_attn.__main__ import main
 from cute_attn.cache import CACHE_DIR_VARIABLE
 from tests.host.processes import run_quick
@@ -166,6 +168,20 @@ def test_what_options_ask_for(capsys, monkeypatch, options, kernels):
     monkeypatch.setattr(fill, "fill", lambda pairs, workers: asked.extend(pairs) or iter(()))
     assert main(["compile", "--arch", "sm_80", "--head-dim", "64", *options]) == 0
     assert len(asked) == len(set(asked)) == kernels
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError])
+def test_the_demo_goes_on_without_kernels(error):
+    """What a machine lacks is said once, and is no failure; what stopped a kernel's compilation is one, for each."""
+    kernels, summary = {name: Future() for name in demo.TARGETS}, demo.Summary()
+    for future in kernels.values():
+        future.set_exception(error("no tool"))
+    demo._compiled(Console(quiet=True), summary, kernels)
+    if error is NotImplementedError:
+        assert (summary.lines, summary.left_out) == ([], ["what the compiler makes of the kernels: no tool"])
+    else:
+        assert (len(summary.lines), summary.left_out) == (len(kernels), [])
+    assert summary.failed is (error is RuntimeError)
 
 
 @pytest.mark.parametrize(

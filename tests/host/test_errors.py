@@ -467,7 +467,7 @@ ON_HOPPER = [
         NotImplementedError,
         "CuTe DSL can't be imported",
         "compiled with it",
-        "pip install 'nvidia-cutlass-dsl[cu13]', or backend='reference'",
+        "pip install 'nvidia-cutlass-dsl[cu13]' (Linux only), or backend='reference'",
     ),
 ]
 
