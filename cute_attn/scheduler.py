@@ -134,7 +134,6 @@ class Tiles:
     small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
     tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
     in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
-    rest: Int32 | None = None  # if not None, so many more are in the first group, and none lacks any
     by: tuple | None = None  # divisors that are multiplied by: m_blocks, heads and heads_per_kv
     both_ways: cutlass.Constexpr[bool] = False  # whether all groups but the last take the short tiles first
     at_once: Int32 | None = None  # blocks that take tiles, where not all do
@@ -170,25 +169,26 @@ class Tiles:
 
     def in_turns(self, blocks: Int32, steps: Int32, both_ways: bool) -> Tiles:
         """The same key tiles of rectangles, where those of a head take turns at each query tile's dQ, and walk over ``steps``
-        of these: in groups of so many heads that a head's next one is begun two steps later, if tiles are equal. These begin
-        at the same time once, at first, and one after another from then on: the fewer heads the first group has, the longer
-        they wait. So it takes the rest, too.
+        of these: in groups of so many heads that a head's next one is begun two steps later, if tiles are equal, and no more,
+        if these have a tile for each block. By then blocks are anywhere in a head's queries and their dQ, and of more heads the
+        L2 cache doesn't hold them. Equal tiles begin at the same time once, at first, and wait the longer, the fewer heads the
+        first group has: the last one lacks some.
 
         With ``both_ways`` they are unequal, and those of a head whose queries end first, the short ones, come first; each walks
         from its first query tile, which the tile before has left already, to its last, and is never held up. The last group
         begins with the long ones, so that short ones are left for the uneven end. It finds the blocks at work on long ones, so
         that its own don't begin at the same time. There tile n walks from its last query tile, behind tile n − 1."""
-        small, slices = self.in_small_groups(blocks), self.heads * self.batch
-        group = cutlass.max(small.group, cute.ceil_div(2 * blocks, cutlass.max(steps, 1)))
+        slices = self.heads * self.batch
+        group = cutlass.max(blocks // self.m_blocks, cute.ceil_div(2 * blocks, cutlass.max(steps, 1)))
         if cutlass.const_expr(not both_ways):
-            return replace(small, group=cutlass.min(group, slices), rest=slices % cutlass.min(group, slices))
-        return replace(small, group=group, lacking=(group - slices % group) % group, both_ways=both_ways)
+            return replace(self, group=group)
+        return replace(self, group=group, lacking=(group - slices % group) % group, both_ways=both_ways)
 
     def left_behind(self, rows: Int32, tile: int, heads_at_once: int, pieces: int) -> Tiles:
         """Of these key tiles the query tiles of so many ``rows`` each, in about the order in which they are visited last; a
         ``head`` is a piece of as many as are taken at once."""
         of_heads = lambda n: None if n is None else cute.ceil_div(n * self.heads_per_kv, heads_at_once) * pieces  # noqa: E731
-        by_heads = {name: of_heads(getattr(self, name)) for name in ("heads", "group", "lacking", "rest")}
+        by_heads = {name: of_heads(getattr(self, name)) for name in ("heads", "group", "lacking")}
         small = None if self.small is None else of_heads(self.small * self.tile // tile)
         ragged = self.sequences
         m_blocks = cute.ceil_div(rows, tile) if ragged is None else ragged.q.all_slots(ragged.count, tile)
@@ -354,10 +354,6 @@ class Tiles:
         if cutlass.const_expr(self.lacking is None):  # simpler, and cp_async has no registers to spare
             first = position // group_tiles * self.group
             return first, cutlass.min(self.group, slices - first), position % group_tiles
-        if cutlass.const_expr(self.rest is not None):
-            begin = cutlass.max(position - self.rest * self.m_blocks, 0) // group_tiles * self.group
-            first = begin + cutlass.min(begin, 1) * self.rest
-            return first, begin + self.rest + self.group - first, position - first * self.m_blocks
         begin = (position + self.lacking * self.m_blocks) // group_tiles * self.group - self.lacking
         first = cutlass.max(begin, 0)
         return first, cutlass.min(begin + self.group, slices) - first, position - first * self.m_blocks

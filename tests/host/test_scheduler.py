@@ -220,20 +220,6 @@ def test_in_a_fixed_order_one_block_is_enough(q, k, heads, per_kv, batch, blocks
                 left_behind.update(m_block for m_block, _ in here)
 
 
-@given(*(st.integers(1, n) for n in (300, 9, 9, 200, 300)))
-def test_heads_that_fill_no_group_are_in_the_first_one_too(m_blocks, heads, batch, blocks, steps):
-    """In a fixed order of equal tiles, each of which comes once, after all of the groups before its own."""
-    tiles = Tiles(m_blocks, heads, batch, 1, 33, None, True, of_k=True).in_turns(blocks, steps, both_ways=False)
-    slices, position = heads * batch, 0
-    assert 0 <= tiles.rest < tiles.group <= slices
-    for first in (0, *range(tiles.group + tiles.rest, slices, tiles.group)):
-        members = tiles.group + (0 if first else tiles.rest)
-        for place in (0, members * m_blocks - 1):
-            assert tiles._group(position + place, slices) == (first, members, place)
-        position += members * m_blocks
-    assert position == tiles.count()
-
-
 lengths = st.lists(st.integers(0, 500), max_size=12) | st.lists(st.integers(0, 3), max_size=150)
 lanes = np.arange(32)
 
