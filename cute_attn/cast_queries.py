@@ -166,11 +166,14 @@ class CastQueries:
             if seen:
                 pipe.consumer_wait(state)
             acc = self._sums(held[None, state.index], in_use)
-            if seen:
-                self.parts.release_rows(pipe, state)
-                done += 1
             # Else where each value goes is kept in registers from head to head.
             self._store_piece(acc, mdQ, values, work.q, head, used_here(row_first), piece, in_use)
+            # Not before sums have been used: an arrival doesn't wait for what was asked of shared memory, and the head before's
+            # stores may hold that up until the copy engine has written the next sums there.
+            if seen:
+                if cutlass.const_expr(self.persistent):
+                    self.parts.release_rows(pipe, state)
+                done += 1
         return done
 
     def _heads(self, work: Work, dq_sum):

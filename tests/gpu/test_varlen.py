@@ -447,6 +447,20 @@ def test_the_same_bits_each_time(mechanism):
         assert all(map(torch.equal, gradients, want[1]))
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_dq_of_each_of_many_calls(d):
+    """Its sums are rounded while others are added up, by blocks whose shared memory holds two heads': of a GPU that is busy,
+    each head gets its own in every call, up to the order in which they were added."""
+    lengths = [(512, 512)] * 32
+    q, k, v, dout, *cu = make(lengths, d, heads=(2048 // d,) * 2)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    want = run(q, k, v, dout, *cu, causal=True, mechanism="tma_wgmma", deterministic=True)[1][0]
+    out, bound = attention_varlen(*leaves, *cu, causal=True, mechanism="tma_wgmma"), 2**-7 * want.abs().max()
+    for _ in range(100):
+        errors = [(torch.autograd.grad(out, leaves, dout, retain_graph=True)[0] - want).abs().max() for _ in range(40)]
+        assert torch.stack(errors).max() <= bound
+
+
 def test_more_than_2_to_the_31_elements(mechanism):
     rows, heads, d = 2**31 // (16 * 128) + 1000, 16, 128
     q = torch.randn(rows, heads, d, dtype=BF16, device="cuda")

@@ -316,6 +316,18 @@ def test_products_are_not_serialised(case: Case, kernels: Kernels):
     assert 0 < waits < code.count("HGMMA") / 2
 
 
+def test_sums_are_stored_before_their_memory_is_free():
+    """Of dQ, where a block rounds one tile after another: an arrival doesn't wait for what is asked of shared memory."""
+    pytest.importorskip("cutlass")
+    problem = Problem("bfloat16", 64, 64, gradients="qkv", ragged="cu_seqlens_q cu_seqlens_k")
+    config = next(iter(configs(problem, "sm_90a", "tma_wgmma")))
+    lines = cubin.code_of(machine_code.compiled(problem, config).sass, "CastQueries").splitlines()
+    loads, stores, arrivals = ([i for i, line in enumerate(lines) if op in line] for op in ("LDS.128", " STG.", "SYNCS.ARRIVE"))
+    last = max(i for i in loads if all(i - n in loads for n in range(8)))  # of a thread's 32 sums
+    released = min(i for i in arrivals if i > last)
+    assert sum(last < i < released for i in stores) == 8
+
+
 @machine_code.each([case for case in CASES if case.config.backward == "tma_wgmma_wide"], in_every_run)
 def test_operands_in_registers(case: Case, kernels: Kernels):
     """Columns of K and V are loaded once a tile, 16 at a time, and registers are enough for them: else ptxas waits after each
