@@ -137,6 +137,11 @@ class Backward(KeyBlocks):
         # hold K and V, the warp that looks for tiles has no registers left.
         plain = not (problem.masked or config.k_in_registers)
         self.queries_first = self.leaves_results and not problem.blocks and (plain or not problem.ragged)
+        # The next tile's K and V come as soon as the last product that reads this one's has ended: V's behind dPᵀ, K's behind
+        # dQ, unless a part of dV comes behind that: ptxas has all products wait if there is a branch between these. Threads
+        # that hold K and V have no registers left for it.
+        self.frees_v = self.persistent and self.needs_ds and not config.k_in_registers
+        self.frees_k = self.frees_v and self.needs_q and not config.late_dv
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -209,7 +214,9 @@ class Backward(KeyBlocks):
             queue = WorkQueue(shared.work, shared.pipes.work, None, self.arrive, of_k=True, **kinds)
             unused, ticket = self._unused(gradients, tiles, shared), signals.ticket if self.draws else None
             header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if headed else None
-            how = {"in_order": self.problem.deterministic, "counted": counted, "header": header}
+            in_order = self.problem.deterministic
+            ahead = counted and not in_order and not self.config.k_in_registers  # there the warp has no registers left
+            how = {"in_order": in_order, "counted": counted, "header": header, "draws_ahead": ahead}
             lead = lambda part: self.lead(queue, tiles, ticket, NONE_DONE, partial(of_tile, part), **how)  # noqa: E731
             roles(lead, lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE), unused)
         else:
@@ -469,8 +476,8 @@ class Backward(KeyBlocks):
         self.load_first_columns("dP", "V", me.rV, shared.v[None, None, me.warpgroup])
         if cutlass.const_expr(self.leaves_results and not self.config.results_from_registers):
             self._results_have_left(me, *done)
-        i, member = Int32(0), Int32(0)
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
+        i, member, walked = Int32(0), Int32(0), visited.count * visited.members(members)
+        for j in cutlass.range(walked, unroll=1):
             if cutlass.const_expr(self.problem.blocks):
                 of_tile = partial(self._of_listed, shared.entries, values, work.head, visited, i)
             else:
@@ -478,20 +485,22 @@ class Backward(KeyBlocks):
                 needs_mask = visited.needs_mask(i, m_block)
                 of_head = with_rise(values.of_head(work.head + of), self.problem)
                 of_tile = partial(_same, (of_head, m_block, needs_mask))
-            state = self._step(me, of_tile, state, (hides, j > 0))
+            state = self._step(me, of_tile, state, (hides, j > 0, j + 1 == walked))
             i = i + 1 if i + 1 < visited.count else Int32(0)
             member = member + 1 if i == 0 else member
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
         if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
             if cutlass.const_expr(self.config.overlap_tiles):
-                if visited.count * visited.members(members) > 0:
+                if walked > 0:
                     self.release_rows(shared.pipes.q, self.stage_before(state), met=self.needs_q)
-            if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
-                self._release_keys(me)
-            elif visited.count > 0:
-                self._release_keys(me)
-        steps = cute.arch.make_warp_uniform(done[1] + visited.count * visited.members(members))
+            if cutlass.const_expr(not self.skips_unseen):
+                self._release_keys(me, in_step=False)
+                if walked == 0:
+                    self._release_keys(me, in_step=True)
+            elif walked > 0:
+                self._release_keys(me, in_step=False)
+        steps = cute.arch.make_warp_uniform(done[1] + walked)
         self._store(me, operands, values, work, steps)
 
     def _of_listed(self, entries: cute.Tensor, values: Values, head, visited: ListedQueries, i, stage):
@@ -513,9 +522,11 @@ class Backward(KeyBlocks):
         return hides
 
     @cute.jit
-    def _release_keys(self, me: BackwardWalk):
-        for pipe in (me.shared.pipes.k, me.shared.pipes.v):
-            pipe.consumer_release(me.k_state)
+    def _release_keys(self, me: BackwardWalk, in_step: bool):
+        """Of K and V those that a walk's last step releases, if it has one, or the others."""
+        for pipe, early in ((me.shared.pipes.k, self.frees_k), (me.shared.pipes.v, self.frees_v)):
+            if early == in_step:
+                pipe.consumer_release(me.k_state)
 
     def _key_walk(self, shared: BackwardShared, values: Values, work: Work, done) -> BackwardWalk:
         config, lay, thread = self.config, self.lay, cute.arch.thread_idx()[0] % WARPGROUP
@@ -556,7 +567,7 @@ class Backward(KeyBlocks):
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        (hides, follows), shared, pipes = tile, me.shared, me.shared.pipes
+        (hides, follows, last), shared, pipes = tile, me.shared, me.shared.pipes
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
@@ -594,6 +605,9 @@ class Backward(KeyBlocks):
             flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
+            if cutlass.const_expr(self.frees_v):
+                if last:
+                    pipes.v.consumer_release(me.k_state)
             if cutlass.const_expr(config.ds_from_shared):  # nor does P stay: what dV takes of it has to do
                 as_operand_a(P).store(rP.load().to(Float32))
             delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
@@ -627,6 +641,9 @@ class Backward(KeyBlocks):
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(self.needs_q and late == 0):
             flight.wait("dQ")
+            if cutlass.const_expr(self.frees_k):
+                if last:
+                    pipes.k.consumer_release(me.k_state)
             self._store_dq(me, state.count)
             self._hand_over_dq(me, state.count)
         if cutlass.const_expr(not config.overlap_tiles):

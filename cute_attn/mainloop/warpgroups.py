@@ -20,6 +20,7 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
 from cute_attn.mainloop.walk import KeyTiles, ListedKeys, QueryTiles
+from cute_attn.mainloop.work_queue import DrawnAhead
 from cute_attn.scheduler import Work
 from cute_attn.sequences import Span
 
@@ -284,17 +285,32 @@ class Kernel:
             return tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
         return tiles.launched(blocks, long=False)
 
-    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False, header=None):
+    def lead(
+        self,
+        queue,
+        tiles,
+        ticket,
+        state,
+        part,
+        alone=None,
+        in_order: bool = False,
+        counted: bool = False,
+        header=None,
+        draws_ahead: bool = False,
+    ):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
         None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others. ``header``: see
-        :meth:`WorkQueue.hand_out`."""
+        :meth:`WorkQueue.hand_out`. With ``draws_ahead`` a ticket is drawn when ``part`` says, which is given ``ahead``."""
         first, following = cute.arch.block_idx()[0] if tiles.at_once is None else tiles.position(Int32(0)), tiles.position
         if ticket is not None:
             skipped = 0 if in_order else tiles.blocks()
             following = lambda _: skipped + of_first_lane(ticket)  # noqa: E731
             if in_order:
                 first = self._first_drawn(tiles, following, first)
+            if draws_ahead:
+                drawn = DrawnAhead.by(partial(following, None))
+                part, following = partial(part, ahead=drawn.draw), drawn.taken
         if counted:
             queue.lead_counted(tiles, first, following, part, state)
         else:
@@ -424,10 +440,13 @@ class KeyBlocks(Kernel):
         return replace(work, head=first), members
 
     @cute.jit
-    def key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
-        """A warp's part of one tile. Returns how many key tiles and query tiles the block has had, ``done`` and this one."""
+    def key_tile(
+        self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work, ahead: cutlass.Constexpr = None
+    ):
+        """A warp's part of one tile. Returns how many key tiles and query tiles the block has had, ``done`` and this one. If
+        not None, ``ahead`` is what the warp that copies Q is to do before its last query tile."""
         values, where = values.of(work), self.query_heads(work, heads_per_kv)
-        part(values, where, done)
+        part(values, where, done) if ahead is None else part(values, where, done, ahead)
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         keys = cutlass.min(visited.count, 1) if cutlass.const_expr(self.skips_unseen) else 1
         return done[0] + keys, done[1] + visited.count * visited.members(where[1])
@@ -439,11 +458,11 @@ class KeyBlocks(Kernel):
             if cutlass.const_expr(m is not None):
                 store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
-    def copy_k_q(self, operands, shared, plain: Inputs | None, rows: Rows, care, values: Values, where, done):
+    def copy_k_q(self, operands, shared, plain: Inputs | None, rows: Rows, care, values: Values, where, done, ahead=None):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
         keys, queries = (operands.k, shared.k, shared.pipes.k), (operands.q, shared.q, shared.pipes.q)
         careful = None if plain is None else (plain.q, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done, shared.entries)
+        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done, shared.entries, ahead)
 
     def copy_v_do(self, operands, shared, plain: Inputs | None, rows: Rows, care, values: Values, where, done):
         """One warp: V, and dO with the rows' delta."""
@@ -452,14 +471,25 @@ class KeyBlocks(Kernel):
         self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where, done)
 
     @cute.jit
-    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where, done, entries=None):
+    def copy_tiles(
+        self,
+        keys,
+        queries,
+        row_values,
+        careful,
+        values: Values,
+        where,
+        done,
+        entries=None,
+        ahead: cutlass.Constexpr = None,
+    ):
         """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
 
         Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
         ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such); ``where``
         is what :meth:`query_heads` says of the block, and ``done`` how many key tiles and query tiles it has had before. What a
         list says of each tile goes to shared memory, too, to those ``entries``, if any, for whoever computes: they would wait
-        for it, since the warps that add dQ acquire, which empties the L1 cache.
+        for it, since the warps that add dQ acquire, which empties the L1 cache. ``ahead()`` comes before the last query tile.
         """
         k, sK, _ = keys
         slots = cute.size(sK, mode=[2])
@@ -482,8 +512,14 @@ class KeyBlocks(Kernel):
         elif visited.count > 0:
             copy_keys()
         care = None if cutlass.const_expr(careful is None) else careful[2]
+        if cutlass.const_expr(ahead is not None):
+            at_once = visited.count == 0
+            if cutlass.const_expr(care is not None):
+                at_once = at_once | care
+            if at_once:
+                ahead()
         of_queries = queries, row_values, visited, where, state, entries
-        usual, carefully = partial(self._copy_queries, later), partial(self._copy_queries_carefully, careful)
+        usual, carefully = partial(self._copy_queries, later, ahead), partial(self._copy_queries_carefully, careful)
         self.by_care(care, partial(usual, *of_queries), partial(carefully, *of_queries))
 
     @cute.jit
@@ -501,14 +537,27 @@ class KeyBlocks(Kernel):
             cute.copy(k.atom, tKgK[None, first + w], tKsK[None, w], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
-    def _copy_queries(self, later: cutlass.Constexpr, queries, row_values, visited: QueryTiles, where, state, entries):
-        """The tiles that are ``visited``; behind the first, what is to be copied ``later``."""
+    def _copy_queries(
+        self,
+        later: cutlass.Constexpr,
+        ahead: cutlass.Constexpr,
+        queries,
+        row_values,
+        visited: QueryTiles,
+        where,
+        state,
+        entries,
+    ):
+        """The tiles that are ``visited``; behind the first, what is to be copied ``later``; before the last, ``ahead()``."""
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         for member in cutlass.range(visited.members(members), unroll=1):
             of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
             for i in cutlass.range(visited.count, unroll=1):
                 m_block, of = visited.tile(i, member, self.problem)
                 tQgQ, tQsQ, gRow = of_head
+                if cutlass.const_expr(ahead is not None):
+                    if (member + 1 == visited.members(members)) & (i + 1 == visited.count):
+                        ahead()
                 if cutlass.const_expr(self.problem.blocks):
                     tQgQ, tQsQ, gRow = self._queries_of(q, sQ, mRow, work, work.head + of)
                 if cutlass.const_expr(entries is None):
