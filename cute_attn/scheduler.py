@@ -169,10 +169,10 @@ class Tiles:
 
     def in_turns(self, blocks: Int32, steps: Int32, both_ways: bool) -> Tiles:
         """The same key tiles of rectangles, where those of a head take turns at each query tile's dQ, and walk over ``steps``
-        of these: in groups of so many heads that a head's next one is begun two steps later, if tiles are equal, and no more,
-        if these have a tile for each block. By then blocks are anywhere in a head's queries and their dQ, and of more heads the
-        L2 cache doesn't hold them. Equal tiles begin at the same time once, at first, and wait the longer, the fewer heads the
-        first group has: the last one lacks some.
+        of these: in groups of as many heads as have a tile for each block, or, where walks are short, as have a head's next
+        one begin two steps later. No more: blocks at different query tiles read all of a head's queries and dQ at once, and of
+        more heads the L2 cache doesn't hold them. Equal tiles begin at the same time once, at first, and wait the longer, the
+        fewer heads the first group has: the last one lacks some.
 
         With ``both_ways`` they are unequal, and those of a head whose queries end first, the short ones, come first; each walks
         from its first query tile, which the tile before has left already, to its last, and is never held up. The last group

@@ -138,8 +138,8 @@ class Backward(KeyBlocks):
         plain = not (problem.masked or config.k_in_registers)
         self.queries_first = self.leaves_results and not problem.blocks and (plain or not problem.ragged)
         # The next tile's K and V come as soon as the last product that reads this one's has ended: V's behind dPᵀ, K's behind
-        # dQ, unless a part of dV comes behind that: ptxas has all products wait if there is a branch between these. Threads
-        # that hold K and V have no registers left for it.
+        # dQ, unless a part of dV comes behind that: a branch there has ptxas wait for each product. Threads that hold K and V
+        # have no registers left for it.
         self.frees_v = self.persistent and self.needs_ds and not config.k_in_registers
         self.frees_k = self.frees_v and self.needs_q and not config.late_dv
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
@@ -522,10 +522,10 @@ class Backward(KeyBlocks):
         return hides
 
     @cute.jit
-    def _release_keys(self, me: BackwardWalk, in_step: bool):
+    def _release_keys(self, me: BackwardWalk, in_step: cutlass.Constexpr[bool]):
         """Of K and V those that a walk's last step releases, if it has one, or the others."""
         for pipe, early in ((me.shared.pipes.k, self.frees_k), (me.shared.pipes.v, self.frees_v)):
-            if early == in_step:
+            if cutlass.const_expr(early == in_step):
                 pipe.consumer_release(me.k_state)
 
     def _key_walk(self, shared: BackwardShared, values: Values, work: Work, done) -> BackwardWalk:

@@ -194,8 +194,8 @@ class WorkQueue:
 
 @dataclass(frozen=True)
 class DrawnAhead:
-    """A ticket that one warp draws while its block is at the tile before, in a register: to draw it, and then to find its tile,
-    takes 3 µs, and as long before it could begin its memory is free."""
+    """A ticket that one warp draws while its block is at the tile before, in a register: to draw it and to find its tile takes
+    longer than that tile's last steps do, in which its memory becomes free."""
 
     another: cutlass.Constexpr
     held: cute.Tensor
