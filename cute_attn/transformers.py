@@ -40,10 +40,10 @@ IMPLEMENTATION = "cute_attn"
 FALLBACK = "sdpa"
 FEW = 16  # queries: so many read keys as those of a cache
 SHORTEST = 16  # rows: where no length can be read, packed sequences may be this short, on average
-UNREAD = (
-    f"cute_attn: in a graph, where no length can be read, there is padding between keys under a window, or packed sequences "
-    f"don't ascend, are numbered other than by positions, or have fewer than {SHORTEST} rows on average: run without a graph, "
-    f"or pass cu_seq_lens_q and cu_seq_lens_k"
+UNREAD = (  # a GPU takes fewer than 255 characters
+    f"cute_attn: in a graph no length is read, and there is padding between keys under a window, or packed sequences don't "
+    f"ascend, aren't numbered by positions or have fewer than {SHORTEST} rows on average: run without a graph, or pass "
+    f"cu_seq_lens_q and cu_seq_lens_k"
 )
 # What layers may ask for by keyword and neither attention nor the fallback has.
 _BEYOND = {

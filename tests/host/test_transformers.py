@@ -313,6 +313,7 @@ def test_what_a_graph_can_not_read_is_checked_when_it_runs(why):
     model = models.built("mistral", OURS, use_cache=False)
     asked = models.padded("inside")
     inputs = {"position_ids": torch.zeros(2, models.LENGTH, dtype=torch.long)} if why == "short" else dict(asked.inputs)
+    assert len(integration.UNREAD) < 255  # else CUDA's check refuses the words, whether it holds or not
     with pytest.raises(RuntimeError, match="fewer than 16 rows on average: run without a graph"):
         torch.compile(model, backend="eager", fullgraph=True)(**{**inputs, "input_ids": asked.inputs["input_ids"]})
 
@@ -561,7 +562,7 @@ def test_numbers_in_packed_sequences_that_are_no_positions(numbers, is_unread, m
     )
     q, k, v = (x.transpose(1, 2) for x in support.make_qkv(2, 9, 9, 2, 1, 8, dtype=FLOAT64))
     refused = is_unread and not torch.equal(numbers.diff(), POSITIONS.diff())
-    with pytest.raises(RuntimeError, match="other than by positions") if refused else nullcontext():
+    with pytest.raises(RuntimeError, match="aren't numbered by positions") if refused else nullcontext():
         out, _ = integration.attend(SimpleNamespace(), q, k, v, integration.mask(2, 9, 9, mask_function=function))
     if not refused:
         expected = (q @ k.mT / math.sqrt(8)).masked_fill(~is_seen(function)[:, None], -math.inf).softmax(-1) @ v
