@@ -5,6 +5,8 @@ from __future__ import annotations
 import cutlass
 from cutlass import Int32, cute
 
+MOST = 2**31 - 1  # an int32 can be
+
 
 @cute.jit
 def either(condition, x, y):

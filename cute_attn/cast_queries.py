@@ -8,7 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
-from cute_attn.arithmetic import of_first_lane
+from cute_attn.arithmetic import MOST, of_first_lane
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import first_stores, rounds_beside
 from cute_attn.layouts.base import ADDED, COUNTED_KEYS, ROUNDING_TICKET, VECTOR, WARP, cute_layout, row_padding
@@ -18,7 +18,7 @@ from cute_attn.mainloop.fours import FOUR, offsets, to_memory
 from cute_attn.mainloop.guard import used_here
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import Kernel, copy_row_values
-from cute_attn.mainloop.work_queue import MOST, WorkQueue
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work, place_of_block
 from cute_attn.sequences import Span, padded_span
 

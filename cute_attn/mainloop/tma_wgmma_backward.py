@@ -14,9 +14,7 @@ dK and dV leave a thread few registers (``ds_from_shared``), dS is taken from th
 dQ's begins, and dK's reads dS where dQ's does.
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
-with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
-registers, which costs no bank conflict. Of sequences with rows that aren't in use these two also have it write the zeros. At a
-key tile's end they say what they have added, since another kernel rounds dQ meanwhile.
+with dQ, which is added in float32 in global memory (``adders.py``).
 """
 
 from __future__ import annotations
@@ -28,10 +26,11 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.epilogue import copy_zeros, put
+from cute_attn.epilogue import put
 from cute_attn.fields import rounds_beside
-from cute_attn.layouts.base import ADDED, COUNTED_KEYS, STORED, WARP, cute_layout, in_turns, row_padding
+from cute_attn.layouts.base import WARP, cute_layout, in_turns, row_padding
 from cute_attn.layouts.fragments import as_operand_a, transposed
+from cute_attn.mainloop.adders import Adders
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import known_here, of_keys
@@ -47,14 +46,11 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
 )
-from cute_attn.mainloop.work_queue import UnusedRows, WorkQueue
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import LONG_WALK, Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 SAMPLED = 128  # sequences, or query tiles with lists, that are looked at for how many blocks are to take tiles
-ADDERS = 2  # warps from ADD_DQ_WARP on
-STORE = "cp.async.bulk.global.shared::cta.bulk_group"
-ADD = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32"
 
 
 @dataclass(frozen=True)
@@ -142,9 +138,7 @@ class Backward(KeyBlocks):
         # have no registers left for it.
         self.frees_v = self.persistent and self.needs_ds and not config.k_in_registers
         self.frees_k = self.frees_v and self.needs_q and not config.late_dv
-        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
-        self.full_barrier = self.first_barrier("dQ")
-        self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
+        self.adders = Adders(problem, config, ADD_DQ_WARP, self.first_barrier("dQ"))
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -190,7 +184,7 @@ class Backward(KeyBlocks):
             stream=stream,
             min_blocks_per_mp=1,
         )
-        return tiles, count * self.config.head_blocks * ADDERS, beside
+        return tiles, count * self.config.head_blocks * Adders.WARPS, beside
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +206,8 @@ class Backward(KeyBlocks):
             counted, headed = bool(self.problem.ragged), bool(self.problem.blocks)
             kinds = {"ragged": counted, "headed": headed, "both_ways": tiles.both_ways, "padding": row_padding(self.config)}
             queue = WorkQueue(shared.work, shared.pipes.work, None, self.arrive, of_k=True, **kinds)
-            unused, ticket = self._unused(gradients, tiles, shared), signals.ticket if self.draws else None
+            ticket = signals.ticket if self.draws else None
+            unused = self.adders.unused(gradients, tiles, shared.zeros, shared.unused)
             header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if headed else None
             in_order = self.problem.deterministic
             ahead = counted and not in_order and not self.config.k_in_registers  # there the warp has no registers left
@@ -273,23 +268,6 @@ class Backward(KeyBlocks):
         steps = Int32(100.0 * visits * cute.arch.rcp_approx(cutlass.max(of_q, Float32(1.0))))
         return Tiles.without_some(cute.arch.grid_dim()[0], n_blocks, steps)
 
-    def _unused(self, gradients: Gradients, tiles, shared: BackwardShared) -> tuple[UnusedRows | None, ...]:
-        """The rows that aren't in use that each of the warps that add is to clear. Of keys there may always be some: those
-        after the last sequence."""
-        of_queries = of_keys = None
-        if gradients.unused_dq is not None:
-            clear = partial(self._clear, shared.zeros, [gradients.unused_dq])
-            of_queries = UnusedRows(tiles, (tiles.sequences.q, self.config.tile_m, 2), clear, shared.unused[None, 0])
-        if self.problem.ragged and (self.needs_k or self.needs_v):
-            clear = partial(self._clear, shared.zeros, [m for m in (gradients.mdK, gradients.mdV) if m is not None])
-            of_keys = UnusedRows(tiles, (tiles.sequences.k, self.config.tile_n, 2), clear, shared.unused[None, 1])
-        return of_queries, of_keys  # the second warp's first dQ comes later, and these are twice as much
-
-    def _clear(self, zeros: cute.Tensor, gradients: list, first, past):
-        """One warp: these rows of all heads of gradients."""
-        for m in gradients:
-            copy_zeros(zeros, m[None, None, None, 0], first, past)
-
     @cute.jit
     def _roles(
         self, operands, given, into, shared: BackwardShared, lead: cutlass.Constexpr, each: cutlass.Constexpr, unused=()
@@ -303,20 +281,7 @@ class Backward(KeyBlocks):
                 lead(partial(self.copy_k_q, operands, shared, *given))
             if warp == COPY_V_DO_WARP:
                 each(partial(self.copy_v_do, operands, shared, *given))
-            if cutlass.const_expr(self.needs_q):
-                if warp >= ADD_DQ_WARP:
-                    for stage in cutlass.range_constexpr(self.config.dq_stages):
-                        if warp == ADD_DQ_WARP + stage:
-                            self._offer(stage)
-            self._clearing(unused, warp, UnusedRows.begin, ADD_DQ_WARP)
-            if cutlass.const_expr(self.needs_q):
-                if warp >= ADD_DQ_WARP:
-                    each(partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused))
-                    if cutlass.const_expr(self.rounds_beside):
-                        cute.arch.cp_async_bulk_wait_group(0, read=False)
-                        if cute.arch.lane_idx() == 0:
-                            into[1].end()
-            self._clearing(unused, warp, _clear_the_rest, ADD_DQ_WARP)
+            self.adders.run(each, *into, shared.dq, warp, unused)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(self._compute, operands, shared))
@@ -341,10 +306,10 @@ class Backward(KeyBlocks):
             work=WorkQueue.slots_in(smem),
             pipes=KeyPipelines(
                 *self.input_pipes(smem, config.mma_warps, self.warpgroups),
-                work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + config.mma_warps),
+                work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * Adders.WARPS + config.mma_warps),
             ),
         )
-        unused = smem.allocate_tensor(Int32, cute.make_layout((lay.UNUSED_FIELDS, ADDERS)), 16)
+        unused = smem.allocate_tensor(Int32, cute.make_layout((lay.UNUSED_FIELDS, Adders.WARPS)), 16)
         zeros = smem.allocate_tensor(Int32, cute.make_layout(lay.zero_bytes(config) // 4), 16)
         entries = smem.allocate_tensor(Int32, cute.make_layout(config.stages), 4)
         if self.problem.blocks:
@@ -359,101 +324,6 @@ class Backward(KeyBlocks):
         return shared
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def _clearing(self, unused: cutlass.Constexpr, mine: Int32, do: cutlass.Constexpr, first: cutlass.Constexpr[int] = 0):
-        """A warp: ``do(own)`` for the rows that it is to clear, if it is one of those that add and there may be any. ``mine``
-        is its number, from the ``first`` one's on."""
-        for adder, own in enumerate(unused, first):
-            if cutlass.const_expr(own is not None):
-                if mine == adder:
-                    do(own)
-
-    @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, beside, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
-        """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
-        until its sum is complete, pass its turn on and wait for the next, while the other adds."""
-        self._clearing(unused, mine, UnusedRows.begin_tile)
-        lane = cute.arch.lane_idx()
-        step, stages = Int32(done[1]), self.config.dq_stages
-        work, members = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        for member in cutlass.range(visited.members(members), unroll=1):
-            for i in cutlass.range(visited.count, unroll=1):
-                if step % ADDERS == mine:
-                    m_block, of = visited.tile(i, member, self.problem)
-                    head = work.head + of
-                    place = (work.q.padded_tile(m_block, self.config.tile_m), head, work.q.batch)
-                    before = Int32(0)
-                    if cutlass.const_expr(self.problem.deterministic):
-                        before = visited.rank(values.of_head(head), self.problem, m_block, self.config)
-                        if lane == 0:
-                            signals.wait_for_turn(place, before)
-                        cute.arch.sync_warp()
-                    else:
-                        before = signals.count(place)
-                    for w in cutlass.range_constexpr(self.warpgroups):
-                        barrier = self.full_barrier + ADDERS * w + mine
-                        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
-                    first = before == 0
-                    if lane == 0:
-                        if cutlass.const_expr(not self.problem.deterministic):
-                            first = signals.comes_first(place, before)
-                        if first:
-                            self._hand_on(STORE, gradients.mdQ, place, sdQ, step % stages)
-                        else:
-                            # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
-                            # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
-                            # complete is followed by such a fence (ibid.).
-                            cute.arch.fence_proxy("async.global")
-                            self._hand_on(ADD, gradients.mdQ, place, sdQ, step % stages)
-                    cute.arch.sync_warp()
-                    self._offer(step % stages)
-                    if lane == 0:
-                        if cutlass.const_expr(self.problem.deterministic):
-                            cute.arch.cp_async_bulk_wait_group(0, read=False)
-                            signals.pass_turn(place)
-                        elif first:
-                            cute.arch.cp_async_bulk_wait_group(0, read=False)
-                            signals.pass_turn(place, STORED)
-                    self._clearing(unused, mine, UnusedRows.between)
-                step += 1
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        if cutlass.const_expr(self.rounds_beside and not self.problem.deterministic):
-            counted = (values.seqlen_k <= COUNTED_KEYS) & (True if beside is None else beside)
-            if counted:
-                self._pass_turns(signals, mine, visited, where, Int32(done[1]))
-
-    @cute.jit
-    def _pass_turns(self, signals, mine: Int32, visited: QueryTiles, where, step):
-        """At a key tile's end one of the warps that add: all that it has added, from the block's ``step`` on, is there."""
-        work, members = where
-        cute.arch.cp_async_bulk_wait_group(0, read=False)
-        cute.arch.sync_warp()
-        cute.arch.fence_acq_rel_gpu()
-        for member in cutlass.range(visited.members(members), unroll=1):
-            own = ADDERS * cute.arch.lane_idx() + (step + mine) % ADDERS
-            for i in cutlass.range(own, visited.count, ADDERS * WARP, unroll=1):
-                m_block, of = visited.tile(i, member, self.problem)
-                place = (work.q.padded_tile(m_block, self.config.tile_m), work.head + of, work.q.batch)
-                signals.pass_turn(place, ADDED, sem="relaxed")
-            step += visited.count
-
-    def _hand_on(self, how: str, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
-        """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""
-        for w in range(self.warpgroups):
-            _copy_bulk(how, mdQ[(None, w, *place)], sdQ[None, None, stage * self.warpgroups + w])
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    def _offer(self, stage):
-        """A stage of dQ's shared memory to the computing warpgroups, for the next tile."""
-        for w in range(self.warpgroups):
-            cute.arch.barrier_arrive(barrier_id=self._empty(stage, w), number_of_threads=WARPGROUP + 32)
-
-    def _empty(self, stage, warpgroup):
-        """The barrier of a warpgroup's part of it."""
-        return self.empty_barrier + stage * self.warpgroups + warpgroup
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
@@ -636,7 +506,7 @@ class Backward(KeyBlocks):
                 self.gemm(lay.tiled_mma("dK", config), me.acc_dK, rdS, me.tKrQ[None, None, None, stage], accumulate=True)
                 flight.issued("dK")
         if cutlass.const_expr(late > 0):
-            self._hand_over_dq(me, state.count)
+            self.adders.hand_over(state.count, me.warpgroup)
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(self.needs_q and late == 0):
@@ -645,7 +515,7 @@ class Backward(KeyBlocks):
                 if last:
                     pipes.k.consumer_release(me.k_state)
             self._store_dq(me, state.count)
-            self._hand_over_dq(me, state.count)
+            self.adders.hand_over(state.count, me.warpgroup)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
             self.release_rows(pipes.q, state, met=self.needs_q)
@@ -690,17 +560,9 @@ class Backward(KeyBlocks):
                 values = [me.acc_dQ[i + j] for j in range(self.config.add_width)]
                 put("st.shared", into.iterator + into.layout(i), values, me.thread < threads)
 
-    @cute.jit
-    def _hand_over_dq(self, me: BackwardWalk, step):
-        """It, to the warp that adds it."""
-        cute.arch.fence_view_async_shared()
-        barrier = self.full_barrier + ADDERS * me.warpgroup + step % ADDERS
-        cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
-
     def _empty_dq(self, me: BackwardWalk, step):
         """The warpgroup's part of a step's stage of dQ's memory, once it is free."""
-        stage = step % self.config.dq_stages
-        cute.arch.barrier(barrier_id=self._empty(stage, me.warpgroup), number_of_threads=WARPGROUP + 32)
+        stage = self.adders.wait_until_empty(step, me.warpgroup)
         return me.shared.dq[None, None, stage * self.warpgroups + me.warpgroup]
 
     def _meet(self):
@@ -786,26 +648,10 @@ class Backward(KeyBlocks):
         """The memory of dQ that dK has left, all of it by now, as an adder would: of the next warpgroup, since a warp shouldn't
         arrive twice at a barrier."""
         if cute.arch.thread_idx()[0] % WARPGROUP < 32:
-            empty = self._empty(steps % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
+            empty = self.adders.empty(steps % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
             cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
 
 
 def _same(what, stage):
     """What was known before."""
     return what
-
-
-def _clear_the_rest(own: UnusedRows):
-    """What a warp has left to clear, until its zeros have been read."""
-    own.rest()
-    cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-
-@cute.jit
-def _copy_bulk(how: cutlass.Constexpr[str], into: cute.Tensor, source: cute.Tensor):
-    """Store or add a contiguous float32 tensor in shared memory to global memory, by the copy engine; ends with its bulk
-    group."""
-    cute.arch.inline_ptx(
-        how + " [{$r0}], [{$r1}], {$r2};",
-        read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
-    )

@@ -241,7 +241,7 @@ def test_the_block_says_what_the_mainloops_do():
     one, two = (layouts.family(config("sm_90a", "tma_wgmma", d, "qkv")).WARPS for d in (128, 256))
     assert one["K"] == one["Q"] == (narrow.COPY_K_Q_WARP,)
     assert one["V"] == one["dO"] == (narrow.COPY_V_DO_WARP,)
-    assert one["dQ"] == tuple(range(narrow.ADD_DQ_WARP, narrow.ADD_DQ_WARP + narrow.ADDERS))
+    assert one["dQ"] == tuple(range(narrow.ADD_DQ_WARP, narrow.ADD_DQ_WARP + narrow.Adders.WARPS))
     assert two["K"] == two["Q"] == (wide_keys.COPY_K_Q_WARP,)
     assert two["V"] == two["dO"] == (wide_keys.COPY_V_DO_WARP,)
     assert two["qK"] == two["qV"] == (wide_queries.COPY_KEYS_WARP,)

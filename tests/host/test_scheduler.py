@@ -31,8 +31,7 @@ query_tiles = QueryTiles._in_band.__wrapped__
 sequences_module = runpy.run_path(find_spec("cute_attn.sequences").origin)
 Side, Sequences = sequences_module["Side"], sequences_module["Sequences"]
 whole = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_backward").origin)["Backward"]._whole.__wrapped__
-queue_module = runpy.run_path(find_spec("cute_attn.mainloop.work_queue").origin)
-UnusedRows = queue_module["UnusedRows"]
+UnusedRows = runpy.run_path(find_spec("cute_attn.mainloop.unused_rows").origin)["UnusedRows"]
 
 counts = st.integers(1, 9)
 tiles = st.builds(
