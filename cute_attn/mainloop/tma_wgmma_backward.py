@@ -27,10 +27,10 @@ from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.epilogue import put
-from cute_attn.fields import rounds_beside
 from cute_attn.layouts.base import WARP, cute_layout, in_turns, row_padding
 from cute_attn.layouts.fragments import as_operand_a, transposed
 from cute_attn.mainloop.adders import Adders
+from cute_attn.mainloop.beside import Beside
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import known_here, of_keys
@@ -47,10 +47,9 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
 )
 from cute_attn.mainloop.work_queue import WorkQueue
-from cute_attn.scheduler import LONG_WALK, Tiles, Work
+from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
-SAMPLED = 128  # sequences, or query tiles with lists, that are looked at for how many blocks are to take tiles
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,7 @@ class Backward(KeyBlocks):
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
-        self.rounds_beside = rounds_beside(problem, config)
-        # Whether how many blocks are to take tiles is known on the device only.
-        self.looks_how_many = self.rounds_beside and self.persistent and bool(problem.ragged or problem.blocks)
+        self.beside = Beside(problem, config, self.persistent, equal=not self.draws)
         # Ragged tiles under an edge, which may need care, too, are looked for so late that nothing is gained; where threads
         # hold K and V, the warp that looks for tiles has no registers left.
         plain = not (problem.masked or config.k_in_registers)
@@ -145,25 +142,13 @@ class Backward(KeyBlocks):
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
         """Make the TMA descriptors and launch persistent blocks, or, where some share a key tile, those of each. Returns the
-        tiles as they are taken, by fewer blocks than there is room for where another kernel rounds dQ meanwhile, how many warps
-        add, and whether that kernel begins meanwhile, None: it does, or with lists may."""
+        tiles as they are taken, how many warps add, and whether another kernel rounds dQ meanwhile (:class:`Beside`)."""
         q, k, v, do = self.input_operands(inputs)
         dk, dv = gradients.mdK, gradients.mdV
         if cutlass.const_expr(not self.config.results_from_registers):
             dk = self.operand("dK", dk, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
             dv = self.operand("dV", dv, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        beside = None
-        if cutlass.const_expr(self.rounds_beside and not self.looks_how_many):
-            middle = cute.ceil_div(values.seqlen_q, self.config.tile_m) // 2
-            visits = QueryTiles.visits(values, self.problem, middle, self.config)
-            if cutlass.const_expr(not self.draws):  # where rounding takes little, equal tiles are faster by themselves
-                beside = visits <= 2 * LONG_WALK
-            if cutlass.const_expr(self.persistent):
-                fewer = Tiles.without_some(blocks, tiles.count(), 100 * visits)
-                if cutlass.const_expr(beside is None):  # noqa: SIM114
-                    blocks = fewer
-                elif beside:
-                    blocks = fewer
+        blocks, beside = self.beside.launched(tiles, values, blocks)
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
             if cutlass.const_expr(not self.problem.ragged):
@@ -191,14 +176,16 @@ class Backward(KeyBlocks):
     @cute.kernel
     def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles, beside):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
-        if cutlass.const_expr(self.rounds_beside and not self.problem.blocks):
-            self._begin_rounding(beside)
+        if cutlass.const_expr(self.beside.rounds and not self.problem.blocks):
+            self.beside.begin(beside)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
-        if cutlass.const_expr(self.looks_how_many):
-            tiles, beside = self._leave_place(tiles, values, beside, warp)
+        if cutlass.const_expr(self.beside.looks):
+            # The warp that finds tiles has more registers here than later. With lists those that add want to know it, too.
+            looks = warp < WARPGROUP // WARP if cutlass.const_expr(self.problem.blocks) else warp == COPY_K_Q_WARP
+            tiles, beside = self.beside.found_out(tiles, values, beside, looks)
         shared = self._setup()
         of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
         roles = partial(self._roles, operands, (plain, rows, care), (gradients, signals, beside), shared)
@@ -217,56 +204,6 @@ class Backward(KeyBlocks):
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: of_tile(part, NONE_DONE, work)] * 2))
-
-    @cute.jit
-    def _begin_rounding(self, beside):
-        """From now on the kernel that rounds dQ may begin, where it does so meanwhile."""
-        if cutlass.const_expr(beside is None):  # noqa: SIM114
-            cute.arch.griddepcontrol_launch_dependents()
-        elif beside:
-            cute.arch.griddepcontrol_launch_dependents()
-
-    @cute.jit
-    def _leave_place(self, tiles: Tiles, values: Values, beside, warp: Int32):
-        """``(tiles, beside)`` where it is found out here how many blocks take tiles: by the warp that finds them, which has
-        more registers here than later; with lists by those that add, too, since nobody rounds meanwhile unless some leave."""
-        listed, at_once = bool(self.problem.blocks), Int32(0)
-        if (warp < WARPGROUP // WARP) if listed else (warp == COPY_K_Q_WARP):
-            at_once = self._blocks_that_take_tiles(tiles, values)
-            if cutlass.const_expr(listed):
-                self._begin_rounding(at_once < cute.arch.grid_dim()[0])
-        tiles = replace(tiles, at_once=cute.arch.make_warp_uniform(at_once))
-        if cutlass.const_expr(listed):
-            beside = tiles.at_once < cute.arch.grid_dim()[0]
-        return tiles, beside
-
-    @cute.jit
-    def _blocks_that_take_tiles(self, tiles: Tiles, values: Values):
-        """One warp: how many of the grid's blocks do, by the lengths of up to 128 ragged sequences, or by how many key tiles
-        visit as many query tiles."""
-        lane = cute.arch.lane_idx()
-        if cutlass.const_expr(self.problem.blocks):
-            # An odd number apart, which goes through all heads and batches where these are a power of 2.
-            apart, visits = cute.ceil_div(cute.size(values.visits), SAMPLED) | 1, Int32(0)
-            sampled = cute.ceil_div(cute.size(values.visits), apart)
-            for number in cutlass.range(lane, sampled, WARP, unroll=1):
-                visits += values.visits[number * apart]
-            steps = 100 * cute.arch.warp_redux_sync(visits, "add") // sampled
-            return Tiles.without_some(cute.arch.grid_dim()[0], tiles.count(), steps)
-        count = cutlass.max(tiles.sequences.count, 1)
-        apart = cute.ceil_div(count, SAMPLED)
-        sampled = cute.ceil_div(count, apart)
-        of_q = of_k = visits = Float32(0.0)
-        for number in cutlass.range(lane, sampled, WARP, unroll=1):
-            q, k = tiles.sequences.spans(number * apart)
-            m_blocks, n_blocks = cute.ceil_div(q.length, self.config.tile_m), cute.ceil_div(k.length, self.config.tile_n)
-            of_middle = QueryTiles.visits(values.of_lengths(q.length, k.length), self.problem, m_blocks // 2, self.config)
-            visits += Float32(m_blocks) * Float32(of_middle)
-            of_q, of_k = of_q + Float32(m_blocks), of_k + Float32(n_blocks)
-        of_q, of_k, visits = (cute.arch.warp_reduction_sum(x) for x in (of_q, of_k, visits))
-        n_blocks = Int32(cutlass.min(of_k * Float32(apart) * Float32(tiles.heads), Float32(1 << 24)))
-        steps = Int32(100.0 * visits * cute.arch.rcp_approx(cutlass.max(of_q, Float32(1.0))))
-        return Tiles.without_some(cute.arch.grid_dim()[0], n_blocks, steps)
 
     @cute.jit
     def _roles(

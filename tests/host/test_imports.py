@@ -14,7 +14,7 @@ PACKAGE = Path(importlib.util.find_spec("cute_attn").origin).parent
 DOORS = ("__init__.py", "common.py", "walk.py", "scores.py", "elements.py")
 MAINLOOPS = [path for path in sorted((PACKAGE / "mainloop").glob("*.py")) if path.name not in DOORS]
 OF_SEVERAL = (
-    *("adders", "cluster", "guard", "unused_rows", "warps", "warpgroups", "work_queue"),
+    *("adders", "beside", "cluster", "guard", "unused_rows", "warps", "warpgroups", "work_queue"),
     *("wide_keys", "wide_queries", "cp_async_cache", "cache_merge"),
 )
 SHARED = {f"mainloop.{name}" for name in OF_SEVERAL}
