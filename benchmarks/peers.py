@@ -78,6 +78,8 @@ REGISTRY: dict[str, Peer] = {}
 
 
 def peer(name: str, about: str, *, needs: str, **when: Any) -> Callable[[Build], Build]:
+    """Registers what it decorates, or is called with."""
+
     def register(build: Build) -> Build:
         REGISTRY[name] = Peer(name, about, build, needs, **when)
         return build
@@ -189,14 +191,8 @@ RECTANGLE = "cute_attn, mechanism tma_wgmma, packed sequences of one length, or 
 DETERMINISTIC: dict[str, Any] = {**OURS, "directions": ("backward",), "repeatable": True}
 
 
-@peer("ours", "cute_attn.attention, as a user calls it", **OURS, devices=("cuda", "cpu"), host_only=True)
-def ours(case, q, k, v):
-    return _ours(case, q, k, v)
-
-
-@peer("ours_tma_wgmma", "cute_attn, mechanism tma_wgmma", **OURS)
-def ours_tma_wgmma(case, q, k, v):
-    return _ours(case, q, k, v, mechanism="tma_wgmma")
+peer("ours", "cute_attn.attention, as a user calls it", **OURS, devices=("cuda", "cpu"), host_only=True)(_ours)
+peer("ours_tma_wgmma", "cute_attn, mechanism tma_wgmma", **OURS)(partial(_ours, mechanism="tma_wgmma"))
 
 
 @peer("ours_rectangle", RECTANGLE, **OURS, devices=(), unpadded=True)
@@ -212,24 +208,14 @@ def ours_rectangle(case, q, k, v):
     return lambda: rectangle().flatten(0, 1).unsqueeze(0)
 
 
-@peer("ours_cp_async", "cute_attn, mechanism cp_async", **OURS)
-def ours_cp_async(case, q, k, v):
-    return _ours(case, q, k, v, mechanism="cp_async")
-
-
-@peer("ours_deterministic", "cute_attn, mechanism tma_wgmma, deterministic=True", **DETERMINISTIC)
-def ours_deterministic(case, q, k, v):
-    return _ours(case, q, k, v, mechanism="tma_wgmma", deterministic=True)
-
-
-@peer("ours_cp_async_deterministic", "cute_attn, mechanism cp_async, deterministic=True", **DETERMINISTIC)
-def ours_cp_async_deterministic(case, q, k, v):
-    return _ours(case, q, k, v, mechanism="cp_async", deterministic=True)
-
-
-@peer("ours_reference", "cute_attn, the reference in plain torch", **OURS, devices=("cpu",))
-def ours_reference(case, q, k, v):
-    return _ours(case, q, k, v, backend="reference")
+peer("ours_cp_async", "cute_attn, mechanism cp_async", **OURS)(partial(_ours, mechanism="cp_async"))
+peer("ours_deterministic", "cute_attn, mechanism tma_wgmma, deterministic=True", **DETERMINISTIC)(
+    partial(_ours, mechanism="tma_wgmma", deterministic=True)
+)
+peer("ours_cp_async_deterministic", "cute_attn, mechanism cp_async, deterministic=True", **DETERMINISTIC)(
+    partial(_ours, mechanism="cp_async", deterministic=True)
+)
+peer("ours_reference", "cute_attn, the reference in plain torch", **OURS, devices=("cpu",))(partial(_ours, backend="reference"))
 
 
 # --- torch -----------------------------------------------------------------------------------------------------------
@@ -269,29 +255,11 @@ def _sdpa(case: Case, q, k, v):
 SDPA: dict[str, Any] = {"needs": "torch.nn.functional:scaled_dot_product_attention", "heads_first": True}
 
 
-@peer("torch_flash2", "torch SDPA, FlashAttention-2", **SDPA, around=only("FLASH_ATTENTION"))
-def torch_flash2(case, q, k, v):
-    return _sdpa(case, q, k, v)
-
-
-@peer("torch_cudnn", "torch SDPA, cuDNN", **SDPA, around=only("CUDNN_ATTENTION"))
-def torch_cudnn(case, q, k, v):
-    return _sdpa(case, q, k, v)
-
-
-@peer("torch_efficient", "torch SDPA, memory-efficient", **SDPA, around=only("EFFICIENT_ATTENTION"))
-def torch_efficient(case, q, k, v):
-    return _sdpa(case, q, k, v)
-
-
-@peer("torch_math", "torch SDPA, plain matrix products", **SDPA, devices=("cpu",), around=only("MATH"))
-def torch_math(case, q, k, v):
-    return _sdpa(case, q, k, v)
-
-
-@peer("torch_cpu", "torch SDPA, what it picks on the CPU", **SDPA, devices=("cpu",))
-def torch_cpu(case, q, k, v):
-    return _sdpa(case, q, k, v)
+peer("torch_flash2", "torch SDPA, FlashAttention-2", **SDPA, around=only("FLASH_ATTENTION"))(_sdpa)
+peer("torch_cudnn", "torch SDPA, cuDNN", **SDPA, around=only("CUDNN_ATTENTION"))(_sdpa)
+peer("torch_efficient", "torch SDPA, memory-efficient", **SDPA, around=only("EFFICIENT_ATTENTION"))(_sdpa)
+peer("torch_math", "torch SDPA, plain matrix products", **SDPA, devices=("cpu",), around=only("MATH"))(_sdpa)
+peer("torch_cpu", "torch SDPA, what it picks on the CPU", **SDPA, devices=("cpu",))(_sdpa)
 
 
 @peer("torch_varlen", "torch varlen_attn, FlashAttention-2", needs="torch.nn.attention.varlen:varlen_attn")
