@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib
 import sys
 import time
@@ -23,7 +22,7 @@ from benchmarks import peers as peers_
 from benchmarks import plot as plot_
 from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, SUITES, Case, Grid, cases_of, single_cases
 from benchmarks.parts import command as parts
-from benchmarks.results import KINDS, RATES, Keeper, Record, is_ours
+from benchmarks.results import KINDS, RATES, Keeper, Record, about_run, is_ours
 from benchmarks.schedule import Schedule
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor, WorkerError
@@ -79,7 +78,7 @@ def measure(options: argparse.Namespace, console: Console) -> int:
             device = supervisor.about["card"]["device"]
             if device != "cuda":
                 console.print("no CUDA GPU was found: measuring the reference and torch's CPU attention at small sizes")
-            record.about = _about(supervisor.about, settings, options)
+            record.about = about_run(supervisor.about, settings, options)
             jobs = _jobs(options, device)
             if device == "cuda":
                 _compile_ahead(jobs, record, settings, options, watch)
@@ -297,12 +296,6 @@ def _grid(options: argparse.Namespace, name: str) -> Grid:
         axis: tuple(x) if isinstance(x, list) else x for axis, x in given.items() if x is not None
     }
     return dataclasses.replace(GRIDS[name], **chosen)
-
-
-def _about(found: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if v is not None}
-    return {"date": date, "options": given, "settings": dataclasses.asdict(settings), **found}
 
 
 def _parser() -> argparse.ArgumentParser:

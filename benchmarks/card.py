@@ -7,6 +7,7 @@ Readings come from NVML, the library behind ``nvidia-smi``, which every driver i
 from __future__ import annotations
 
 import ctypes
+import datetime
 import importlib.metadata
 import platform
 import shutil
@@ -205,6 +206,16 @@ def pci_bus_id() -> str:
     if int(error):
         raise RuntimeError(f"the CUDA runtime answered {error.name} when asked for the card's PCI address")
     return (text.decode() if isinstance(text, bytes) else str(text)).split("\0")[0]
+
+
+def date() -> str:
+    """Now, as result files have it."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def about() -> dict[str, Any]:
+    """What a result file says of its run: when it was, on what, and with which versions."""
+    return {"date": date(), "card": describe(open_source()), "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ transfers lies under kernels. Causal, and full at the first length. Written afte
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.arguments import length
+from benchmarks.card import date
 from cute_attn import attention, distributed, launch
 from cute_attn.command import output_file
 from cute_attn.distributed import costs
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(dist.get_rank())
     about: dict[str, Any] = {
         "schema": SCHEMA, "card": torch.cuda.get_device_name(), "ranks": dist.get_world_size(), "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": date(),
         "heads": [HEADS, HEADS_KV], "head_dim": HEAD_DIM, "dtype": "bfloat16",
     }  # fmt: skip
     cells: list[dict[str, Any]] = []

@@ -13,7 +13,6 @@ count of them.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import shutil
@@ -349,9 +348,9 @@ def _about(ncu: str) -> dict[str, Any]:
 
     said = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout
     version = re.search(r"Version (\S+)", said)
-    versions = card.versions() | ({"nsight-compute": version[1]} if version else {})
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"date": date, "card": card.describe(card.open_source()), "versions": versions}
+    about = card.about()
+    about["versions"] |= {"nsight-compute": version[1]} if version else {}
+    return about
 
 
 def _known_metrics(ncu: str) -> set[str]:

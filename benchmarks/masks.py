@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import inspect
 import json
 import math
@@ -313,8 +312,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     """``masks``: exit status 1 where two ways to the same result differ. An interrupt keeps what was measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "versions": card.versions()}
-    about["card"] = card.describe(card.open_source() if device == "cuda" else None)
+    about = card.about()
     cells: list[Cell] = []
     made: list[dict[str, Any]] = []
     stopped, late, began = 0, False, timing.HostClock.now()

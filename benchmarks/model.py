@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 import statistics
@@ -115,13 +114,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             stopped = command.interrupted(error)
             console.print("not completed", style="red")
     cells = [cell for cell in cells if cell.attention]
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "card": card.describe(card.open_source() if device == "cuda" else None),
-        "versions": card.versions() | {"transformers": importlib.metadata.version("transformers")},
-        "size": dataclasses.asdict(size),
-        "seed": options.seed,
-    }
+    about = card.about() | {"size": dataclasses.asdict(size), "seed": options.seed}
+    about["versions"]["transformers"] = importlib.metadata.version("transformers")
     if options.json:
         found: dict[str, Any] = {"schema": SCHEMA, "complete": not stopped, "about": about, "failed": failed}
         write_whole(options.json, json.dumps(found | {"cells": [*map(dataclasses.asdict, cells)]}, indent=1) + "\n")

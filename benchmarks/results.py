@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -12,8 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.card import date
 from benchmarks.cases import Case
 from benchmarks.flops import bytes_moved, flops
+from benchmarks.settings import Settings
 from benchmarks.timing import scatter
 from cute_attn.command import write_whole
 
@@ -290,6 +293,12 @@ class Record:
             for name, m in {**cell.results, **ceiling}.items():
                 writer.writerow([*case, name, *(getattr(m, column) for column in columns)])
         write_whole(path, text.getvalue())
+
+
+def about_run(found: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of its run: when it was, how it was asked for, and what the measuring process ``found``."""
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if v is not None}
+    return {"date": date(), "options": given, "settings": asdict(settings), **found}
 
 
 class Keeper:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import statistics
 import time
@@ -135,12 +134,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     cells = [cell_of(row, x, rate) | {"read_seconds": x[READING]} for row, x in zip(rows, found, strict=True)]
     show(cells, rate, host, launched, console)
     if options.json:
-        about = {
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "card": card.describe(card.open_source()),
-            "versions": card.versions(),
-        }
-        record: dict[str, Any] = {"schema": SCHEMA, "about": about}
+        record: dict[str, Any] = {"schema": SCHEMA, "about": card.about()}
         record |= {"read_bytes_per_second": rate, "host_seconds": host, "launches": launched}
         record |= {"config": options.config, "rows": cells}
         write_whole(options.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import hashlib
 import json
 import time
@@ -111,10 +110,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "torch, fused": transformer.torch_fused(),
     }
     text = own_text()
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "card": card.describe(card.open_source() if device == "cuda" else None),
-        "versions": card.versions(),
+    about = card.about() | {
         "size": dataclasses.asdict(size),
         "options": {name: value for name, value in how.items() if value is not None} | {"seed": options.seed},
         "text": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()},

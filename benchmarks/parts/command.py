@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from benchmarks.parts.catalogue import Probe
 from benchmarks.parts.results import PartsRecord
 from benchmarks.parts.shapes import SEQLEN, SHAPES, named
 from benchmarks.parts.worker import Measurer, lost_figure
-from benchmarks.results import Keeper
+from benchmarks.results import Keeper, about_run
 from benchmarks.settings import Settings
 from benchmarks.supervise import WorkerError
 from cute_attn import command
@@ -102,7 +100,7 @@ def _measure(found: list[Probe], target: str, folder: Path, options: argparse.Na
         )
         try:
             measurer.start()
-            record.about = _about(measurer.about, settings, options)
+            record.about = about_run(measurer.about, settings, options)
             for job in jobs:
                 ready = [probe for probe in job if probe.kernel not in failed]
                 figures = {p.key: lost_figure(p, "failed", failed[p.kernel]) for p in job if p.kernel in failed}
@@ -204,9 +202,3 @@ def cache_folder() -> Path:
 
 def default_jobs() -> int:
     return max(1, processors() - 1)
-
-
-def _about(found: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if v is not None}
-    return {"date": date, "options": given, "settings": dataclasses.asdict(settings), **found}
