@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import markdown
 from benchmarks.arguments import length
 from benchmarks.card import date
 from cute_attn import attention, distributed, launch
@@ -184,26 +185,28 @@ def measure_torch(seqlen: int, backward: bool) -> float | str:
 
 def table(record: dict[str, Any]) -> str:
     """What was measured, a row a cell: rates of a card as parts of the one-card kernel's, and what the ring's transfers hid."""
-    lines = [
-        f"| {record['ranks']} × {record['card']}, {record['date']} | one card, TFLOP/s | ring ÷ | ulysses ÷ | ring ÷ torch's "
-        f"| transfers under kernels | memory, ring |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for cell in record["cells"]:
         over, torchs, step = cell["of one card"], cell.get(PEER), cell["of one step"]
         beside = f"{torchs / cell['seconds']['ring']:.2f}" if isinstance(torchs, float) else ""
         hidden = step["transfers under kernels"] / step["transfers"] if step["transfers"] else 0.0
-        lines.append(
-            f"| {'causal' if cell['causal'] else 'full'}, {cell['seqlen'] // 1024}k, {cell['direction']} "
-            f"| {cell['TFLOP/s a card']['one card']:.0f} | {over['ring']:.3f} | {over['ulysses']:.3f} | {beside} "
-            f"| {hidden:.0%} | {cell['memory beyond, in shards of k and v']['ring']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([
+            f"{'causal' if cell['causal'] else 'full'}, {cell['seqlen'] // 1024}k, {cell['direction']}",
+            f"{cell['TFLOP/s a card']['one card']:.0f}",
+            f"{over['ring']:.3f}",
+            f"{over['ulysses']:.3f}",
+            beside,
+            f"{hidden:.0%}",
+            f"{cell['memory beyond, in shards of k and v']['ring']:.1f}",
+        ])
+    first = f"{record['ranks']} × {record['card']}, {record['date']}"
+    others = "one card, TFLOP/s", "ring ÷", "ulysses ÷", "ring ÷ torch's", "transfers under kernels", "memory, ring"
+    return markdown.table([first, *others], rows)
 
 
 def predicted() -> str:
     """On paper: which part of its time a card computes, forward, causal, in a ring, with ulysses, and with both."""
-    lines = ["| cards | tokens | ring | ulysses | both, 8 for heads |", "|---|---|---|---|---|"]
+    rows = []
     sizes, heads_ranks, band = costs.Sizes(1, HEADS, HEADS_KV, 2 * HEAD_DIM, 2), costs.HOST_RANKS, (None, 0)
     for ranks in (2, 8, 64, 1024):
         for seqlen in (1 << 16, 1 << 18, 1 << 20, 1 << 23):
@@ -217,9 +220,8 @@ def predicted() -> str:
                 inner = Shards(outer.rows, heads_ranks, "contiguous")
                 waits = costs.of_ulysses(inner, inner, band, None, sizes, costs.card_of(heads_ranks)).waits
                 parts[2] = (ring.seconds - ring.waits) / (ring.seconds + waits)
-            shown = ["" if part is None else f"{part:.2f}" for part in parts]
-            lines.append(f"| {ranks} | {seqlen // 1024}k | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([str(ranks), f"{seqlen // 1024}k", *("" if part is None else f"{part:.2f}" for part in parts)])
+    return markdown.table(["cards", "tokens", "ring", "ulysses", "both, 8 for heads"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import compare, model, serving, training
 from benchmarks.anchors import geometric_mean
 from benchmarks.cases import short
+from benchmarks.markdown import ran_on, table
 from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
 from benchmarks.parts.show import MARKED, SHIPPED, number
@@ -75,13 +76,11 @@ def overview(*records: Record, direction: str = "forward") -> str:
     records have, the last one's."""
     cells = list({cell.case: cell for record in records for cell in record.of("burst", direction)}.values())
     lengths = sorted({cell.case.seqlen_q for cell in cells})
-    lines = _header(["TFLOP/s (÷ best peer)", *(short(n) for n in lengths)])
-    rows = dict.fromkeys((cell.case.head_dim, cell.case.causal) for cell in cells)
-    for head_dim, causal in rows:
+    rows = []
+    for head_dim, causal in dict.fromkeys((cell.case.head_dim, cell.case.causal) for cell in cells):
         row = {c.case.seqlen_q: c for c in cells if (c.case.head_dim, c.case.causal) == (head_dim, causal)}
-        figures = [_overview(row.get(n)) for n in lengths]
-        lines.append(_row([f"d{head_dim} {'causal' if causal else 'full'}", *figures]))
-    return "\n".join(lines) + "\n"
+        rows.append([f"d{head_dim} {'causal' if causal else 'full'}", *(_overview(row.get(n)) for n in lengths)])
+    return table(["TFLOP/s (÷ best peer)", *map(short, lengths)], rows)
 
 
 def _overview(cell: Cell | None) -> str:
@@ -97,25 +96,25 @@ def every_rate(record: Record, direction: str = "forward") -> str:
     cells = record.of("burst", direction)
     peers = record.peer_names(cells)
     pairs = {title: who for title, who in PAIRS.items() if any(pair(cell, *who) for cell in cells)}
-    lines = _header(["case", *peers, *pairs, "ours ÷ best peer"])
+    lines: list[list[str]] = []
     rows: list[list[tuple[float | None, bool]]] = []  # figures, and whether they are the host's
     for cell in cells:
         rates = cell.rates()
         ratios = [*((pair(cell, *who), is_of_host(cell, *who[:2])) for who in pairs.values()), (ratio(cell), is_of_host(cell))]
         rows.append([*((rates.get(name), is_of_host(cell, name)) for name in peers), *ratios])
         shown = [_marked(cell.results.get(name), rates.get(name) == max(rates.values())) for name in peers]
-        lines.append(_row([_name(cell), *shown, *(_number(x, 2, of_host) for x, of_host in ratios)]))
+        lines.append([_name(cell), *shown, *(_number(x, 2, of_host) for x, of_host in ratios)])
     means = []  # of whole columns only: means over different rows don't compare
     for i, column in enumerate(zip(*rows, strict=True)):
         whole = [value for value, _ in column if value]
         mean = geometric_mean(whole) if len(whole) == len(column) else None
         means.append(_number(mean, 0 if i < len(peers) else 2, any(of_host for _, of_host in column)))
-    lines.append(_row(["geometric mean", *means]))
+    lines.append(["geometric mean", *means])
     marks = (
         f"± is given from {NOTED:.0%} on; three in four figures have ±{record.usual_spread('burst', THREE_IN_FOUR):.1%} or "
         f"less. {HOST_BOUND} the device waited for the host: the figure is the host's, or made of one that is."
     )
-    return "\n".join(lines) + f"\n\n{marks}\n"
+    return table(["case", *peers, *pairs, "ours ÷ best peer"], lines) + f"\n{marks}\n"
 
 
 def _marked(m: Measurement | None, best: bool) -> str:
@@ -130,25 +129,25 @@ def agreement(old: Record, new: Record) -> str:
     """How far two runs of the same thing agree."""
     found = compare.agreement(compare.compare(old, new))
     moved = [("ours", found.ours), ("the others", found.others)]
-    lines = _header(["figures in both runs", "agree within their two spreads", "unchanged", "largest difference", *(
-        f"time per call, {who}" for who, mean in moved if mean is not None
-    )])  # fmt: skip
-    means = [f"{mean - 1:+.1%}" for _, mean in moved if mean is not None]
-    lines.append(_row([str(found.figures), str(found.within), str(found.same), f"{found.largest:.1%}", *means]))
-    return "\n".join(lines) + "\n"
+    figures = {
+        "figures in both runs": str(found.figures),
+        "agree within their two spreads": str(found.within),
+        "unchanged": str(found.same),
+        "largest difference": f"{found.largest:.1%}",
+        **{f"time per call, {who}": f"{mean - 1:+.1%}" for who, mean in moved if mean is not None},
+    }
+    return table([*figures], [[*figures.values()]])
 
 
 def sustained(record: Record, direction: str = "forward") -> str:
     """A row per case and peer under two seconds of load: rate, how busy the tensor cores were, clock and power."""
-    lines = _header(["case", "peer", "TFLOP/s", "tensor cores busy", "SM clock", "power"])
+    rows = []
     for cell in record.of("sustained", direction):
         for peer, m in cell.results.items():
             if peer != "ours" and m.ok:
                 busy = f"{100 * (m.utilization or 0):.0f} %"
-                lines.append(
-                    _row([_name(cell), peer, f"{m.tflops:.0f}", busy, f"{m.sm_mhz:.0f} MHz", f"{m.watts:.0f} W"])
-                )
-    return "\n".join(lines) + "\n"
+                rows.append([_name(cell), peer, f"{m.tflops:.0f}", busy, f"{m.sm_mhz:.0f} MHz", f"{m.watts:.0f} W"])
+    return table(["case", "peer", "TFLOP/s", "tensor cores busy", "SM clock", "power"], rows)
 
 
 def host(record: Record) -> str:
@@ -156,11 +155,9 @@ def host(record: Record) -> str:
     its backward pass, and one of packed sequences, as far as these were measured: the least of the rounds (their median)."""
     cells = record.of_kind("host")
     titles = {"forward": "µs a call", "recorded": "with gradients", "backward": "backward", "both": "with its backward pass"}
-    lines = _header(["peer", *("packed" if cell.case.packed else titles[cell.case.direction] for cell in cells)])
-    for peer in record.peer_names(cells):
-        found = [cell.results.get(peer) for cell in cells]
-        lines.append(_row([peer, *map(_of_rounds, found)]))
-    return "\n".join(lines) + "\n"
+    headings = ["packed" if cell.case.packed else titles[cell.case.direction] for cell in cells]
+    rows = [[peer, *(_of_rounds(cell.results.get(peer)) for cell in cells)] for peer in record.peer_names(cells)]
+    return table(["peer", *headings], rows)
 
 
 def _of_rounds(m: Measurement | None) -> str:
@@ -172,38 +169,33 @@ def _of_rounds(m: Measurement | None) -> str:
 def memory(record: Record) -> str:
     """MiB of the card that a call needs beyond its outputs, and what the forward pass keeps for the backward pass."""
     cells = record.of_kind("memory")
-    lines = _header(["peer", *(cell.case.label for cell in cells)])
-    for peer in record.peer_names(cells):
-        figures = []
-        for cell in cells:
-            m = cell.results.get(peer)
-            if m is None or not m.ok or m.peak_bytes is None:
-                figures.append("")
-                continue
-            kept = m.extra.get("kept_bytes")
-            figures.append(f"{m.peak_bytes / 2**20:.0f}" + ("" if kept is None else f" (+ {kept / 2**20:.0f})"))
-        lines.append(_row([peer, *figures]))
-    return "\n".join(lines) + "\n"
+    rows = [[peer, *(_bytes(cell.results.get(peer)) for cell in cells)] for peer in record.peer_names(cells)]
+    return table(["peer", *(cell.case.label for cell in cells)], rows)
+
+
+def _bytes(m: Measurement | None) -> str:
+    if m is None or not m.ok or m.peak_bytes is None:
+        return ""
+    kept = m.extra.get("kept_bytes")
+    return f"{m.peak_bytes / 2**20:.0f}" + ("" if kept is None else f" (+ {kept / 2**20:.0f})")
 
 
 def trained(found: training.Outcome) -> str:
     """A row per run of the small transformer: its last losses, and how far its curve is from eager attention's."""
-    lines = _header(["attention", "loss at the end", "largest difference from eager", "seconds"])
+    rows = []
     for name, curve in found.curves.items():
         off = found.differences.get(name)
-        cells = [name, f"{curve[-1]:.4f}", "" if off is None else f"{off:.4f}", f"{found.seconds[name]:.1f}"]
-        lines.append(_row(cells))
-    return "\n".join(lines) + f"\n\n{found.sentence}\n"
+        rows.append([name, f"{curve[-1]:.4f}", "" if off is None else f"{off:.4f}", f"{found.seconds[name]:.1f}"])
+    headings = "attention", "loss at the end", "largest difference from eager", "seconds"
+    return table(headings, rows) + f"\n{found.sentence}\n"
 
 
 def first_call(record: Record) -> str:
     """Seconds to the first result of a fresh process, after ``import torch``."""
     (cell,) = record.of_kind("first")
-    lines = _header(["peer", "cold cache", "warm cache", "of which CUDA context and inputs"])
-    for peer, m in cell.results.items():
-        seconds = (m.extra[name] for name in ("cold_s", "warm_s", "warm_context_s"))
-        lines.append(_row([peer, *(f"{s:.2f} s" for s in seconds)]))
-    return "\n".join(lines) + "\n"
+    names = "cold_s", "warm_s", "warm_context_s"
+    rows = [[peer, *(f"{m.extra[name]:.2f} s" for name in names)] for peer, m in cell.results.items()]
+    return table(["peer", "cold cache", "warm cache", "of which CUDA context and inputs"], rows)
 
 
 def variants(runs: dict) -> str:
@@ -211,12 +203,11 @@ def variants(runs: dict) -> str:
     text = []
     for run in runs["runs"]:
         names = list(dict.fromkeys(name for row in run["rows"] for name in row["tflops"]))
-        lines = _header([run["title"], *names, "cuDNN"])
+        rows = []
         for row in run["rows"]:
             case = f"d{row['head_dim']} {'causal' if row['causal'] else 'full'} {short(row['seqlen'])}"
-            rates = [str(row["tflops"].get(name, "")) for name in names]
-            lines.append(_row([case, *rates, str(row["torch_cudnn"])]))
-        text.append("\n".join(lines) + "\n")
+            rows.append([case, *(str(row["tflops"].get(name, "")) for name in names), str(row["torch_cudnn"])])
+        text.append(table([run["title"], *names, "cuDNN"], rows))
     return "\n".join(text)
 
 
@@ -224,11 +215,12 @@ def whole(record: PartsRecord) -> str:
     """The forward kernels with stages left out or done twice, a column each, and the sentences that this adds up to."""
     figures = {(figure.what, figure.config): figure for figure in record.of_part("whole") if figure.ok}
     configs = list(dict.fromkeys(config for _, config in figures))
-    lines = _header(["µs of the kernel with", *configs])
-    for what in dict.fromkeys(what for what, _ in figures):
-        lines.append(_row([what, *(_microseconds(figures.get((what, config))) for config in configs)]))
+    rows = [
+        [what, *(_microseconds(figures.get((what, config))) for config in configs)]
+        for what in dict.fromkeys(what for what, _ in figures)
+    ]
     sentences = [f"- {verdict.sentence}" for verdict in verdicts(record.figures)]
-    return "\n".join(lines) + "\n\n" + "\n".join(sentences) + "\n"
+    return table(["µs of the kernel with", *configs], rows) + "\n" + "\n".join(sentences) + "\n"
 
 
 def _microseconds(figure: Figure | None) -> str:
@@ -239,61 +231,59 @@ def _microseconds(figure: Figure | None) -> str:
 
 def part(record: PartsRecord, name: str) -> str:
     """A row per figure of a part: rate, limit, and the share of the limit that is reached."""
-    lines = _header(["config", "mechanism", "what", "rate", "limit", "of it", "the limit is"])
+    rows = []
     for figure in record.of_part(name):
         if figure.ok and figure.rate is not None:
             what = f"{figure.what} {SHIPPED}" if figure.shipped and name in MARKED else figure.what
             limit = "" if figure.limit is None else number(figure.limit)
             share = "" if figure.ratio is None else f"{100 * figure.ratio:.0f} %"
             rate = f"{number(figure.rate)} {figure.unit}"
-            lines.append(_row([figure.config, figure.mechanism, what, rate, limit, share, figure.limit_is]))
+            rows.append([figure.config, figure.mechanism, what, rate, limit, share, figure.limit_is])
     marked = f"\n{SHIPPED} what the plan ships\n" if name in MARKED else ""
-    return "\n".join(lines) + "\n" + marked
+    return table(["config", "mechanism", "what", "rate", "limit", "of it", "the limit is"], rows) + marked
 
 
 def l2_requests(found: dict) -> str:
     """A row per kernel: sectors that TMA brought, that the L2 cache was asked for, that came from memory, in millions."""
-    lines = _header(["kernel", "time", "to shared memory", "from the L2 cache", "from memory"])
+    rows = []
     for kernel in found["kernels"]:
         counts = (f"{kernel[name] / 1e6:.1f}" for name in ("sectors_to_sm", "sectors_from_l2", "sectors_from_memory"))
-        lines.append(_row([f"{kernel['config']}, {kernel['what']}", f"{kernel['us']:.0f} µs", *counts]))
-    return "\n".join(lines) + "\n"
+        rows.append([f"{kernel['config']}, {kernel['what']}", f"{kernel['us']:.0f} µs", *counts])
+    return table(["kernel", "time", "to shared memory", "from the L2 cache", "from memory"], rows)
 
 
 def counters(record: CountersRecord) -> str:
     """A row per micro-kernel of the layouts: predicted / counted."""
     from benchmarks.counters import KINDS
 
-    lines = _header(["case", "instruction", "layout", *KINDS])
+    rows = []
     for one in record.kernels:
         cells = [str(one.compared.get(what, "")) for what in KINDS]
-        lines.append(_row([one.case.name, one.case.instruction, f"`{one.case.layout}`", *cells]))
-    return "\n".join(lines) + f"\n\n{record.summary}.\n"
+        rows.append([one.case.name, one.case.instruction, f"`{one.case.layout}`", *cells])
+    return table(["case", "instruction", "layout", *KINDS], rows) + f"\n{record.summary}.\n"
 
 
 def masks(record: dict[str, Any]) -> str:
     """The other's time ÷ ours, by row, length and head dim; and what finding out blocks takes."""
-    rows: dict[tuple, dict[str, str]] = {}
+    ratios: dict[tuple, dict[str, str]] = {}
     for cell in record["cells"]:
-        found = rows.setdefault((cell["row"], cell["seqlen"], cell["head_dim"], cell["goal"]), {})
+        found = ratios.setdefault((cell["row"], cell["seqlen"], cell["head_dim"], cell["goal"]), {})
         if cell["ours"]:
             found[cell["direction"]] = f"{statistics.median(cell['other']) / statistics.median(cell['ours']):.2f}"
-    lines = [_of_run(record["about"]), "", *_header(["what ÷ what", "length", "d", "forward", "backward", "asked for"])]
-    for (name, seqlen, head_dim, goal), found in rows.items():
+    rows = []
+    for (name, seqlen, head_dim, goal), found in ratios.items():
         both = (found.get(direction, "–") for direction in ("forward", "backward"))
-        lines.append(_row([name, short(seqlen), str(head_dim), *both, f"{goal:.2f}"]))
-    lines += [""] + [
-        f"`block_mask`, {short(found['seqlen'])} × {short(found['seqlen'])}: {found['seconds'] * 1e6:.0f} µs, "
-        f"{found['bytes'] / 2**20:.2f} MiB."
-        for found in record["block_masks"]
+        rows.append([name, short(seqlen), str(head_dim), *both, f"{goal:.2f}"])
+    lines = [
+        ran_on(record["about"], ("torch", "nvidia-cutlass-dsl", "cudnn", "triton")),  # what most depends on
+        table(["what ÷ what", "length", "d", "forward", "backward", "asked for"], rows),
+        *(
+            f"`block_mask`, {short(found['seqlen'])} × {short(found['seqlen'])}: {found['seconds'] * 1e6:.0f} µs, "
+            f"{found['bytes'] / 2**20:.2f} MiB."
+            for found in record["block_masks"]
+        ),
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _of_run(about: dict[str, Any]) -> str:
-    """The card, the date and the versions of what most depends on."""
-    versions = (f"{name} {about['versions'][name]}" for name in ("torch", "nvidia-cutlass-dsl", "cudnn", "triton"))
-    return f"{about['card']['name']}, {about['date']}; {', '.join(versions)}"
 
 
 def _counters(path: Path) -> CountersRecord:
@@ -347,11 +337,3 @@ def _number(value: float | None, digits: int, of_host: bool = False) -> str:
 
 def _name(cell: Cell) -> str:
     return cell.case.label.partition(" ")[2]
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _header(titles: list[str]) -> list[str]:
-    return [_row(titles), "|" + "---|" * len(titles)]

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import arguments, card, timing
+from benchmarks import arguments, card, markdown, timing
 from cute_attn import command
 from cute_attn.command import write_whole
 
@@ -297,6 +297,4 @@ def figures(found: dict[str, Any]) -> str:
     """The same of a file, for a document."""
     about = found["about"]
     cells = [Cell(**cell) for cell in found["cells"]]
-    lines = [f"{about['card']['name']}, {about['date']}; " + ", ".join(f"{n} {v}" for n, v in about["versions"].items()), ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(cells, about['size']['tokens']))]) + "\n"
+    return markdown.ran_on(about) + "\n" + markdown.table(HEADINGS, rows(cells, about["size"]["tokens"]))

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import card
+from benchmarks import card, markdown
 from cute_attn import attention, attention_kvcache, command, launch, plan, serve
 from cute_attn.command import write_whole
 
@@ -328,8 +328,7 @@ def show(cells: list[dict[str, Any]], rate: float, host: float, launched: list[i
 
 def figures(found: dict[str, Any]) -> str:
     """The same of a file, for a document."""
-    about, rate = found["about"], found["read_bytes_per_second"]
-    lines = [f"{about['card']['name']}, {about['date']}; " + ", ".join(f"{n} {v}" for n, v in about["versions"].items()), ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(shown(cell, rate)) + " |" for cell in found["rows"]]
-    return "\n".join([*lines, "", last_line(rate, found["host_seconds"], found.get("launches"))]) + "\n"
+    rate = found["read_bytes_per_second"]
+    table = markdown.table(HEADINGS, [shown(cell, rate) for cell in found["rows"]])
+    last = last_line(rate, found["host_seconds"], found.get("launches"))
+    return f"{markdown.ran_on(found['about'])}\n{table}\n{last}\n"
