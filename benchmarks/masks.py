@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import ahead, arguments, card, supervise, timing
-from benchmarks.peers import only, without_batch
+from benchmarks.peers import compiled_flex, only, output_of, without_batch
 from cute_attn import attention, block_mask, command, masks, scores
 from cute_attn.command import write_whole
 
@@ -61,10 +60,10 @@ class Size:
 
 
 class Absent(Exception):  # noqa: N818
-    """The other way isn't installed, or ours isn't there yet."""
+    """The other way isn't installed."""
 
 
-Attend = Callable[..., torch.Tensor]  # of q, k, v (batch, seqlen, heads, head_dim) and what else it differentiates by
+Attend = Callable[..., Any]  # of q, k, v (batch, seqlen, heads, head_dim) and what else it differentiates by
 Made = tuple[Attend, list[torch.Tensor]]  # and these
 
 
@@ -110,13 +109,8 @@ def function(what: str, seqlen: int, heads: int, device: str) -> Callable:
     return scores.relative(torch.randn(heads, 2 * seqlen - 1, generator=generator).to(device))
 
 
-def _plain(**asked) -> Attend:
-    of: Any = attention
-    return lambda q, k, v: of(q, k, v, **asked)
-
-
 def built_in(size: Size, device: str, **asked) -> Made:
-    return _plain(**asked), []
+    return partial(attention, **asked), []
 
 
 def masked(what: str, size: Size, device: str) -> Made:
@@ -124,17 +118,18 @@ def masked(what: str, size: Size, device: str) -> Made:
     mask = function(what, size.seqlen, size.heads, device)
     batch = size.batch if what == "prefix-LM" else None
     blocks = block_mask(mask, batch, None, size.seqlen, size.seqlen, device=device)
-    return _plain(mask=mask, block_mask=blocks), []
+    return partial(attention, mask=mask, block_mask=blocks), []
 
 
 def scored(what: str, size: Size, device: str) -> Made:
-    return _plain(score=function(what, size.seqlen, size.heads, device)), []
+    return partial(attention, score=function(what, size.seqlen, size.heads, device)), []
 
 
 def flex(what: str, kind: str, size: Size, device: str) -> Made:
     """FlexAttention; on a CPU as it is."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    call: Any = compiled_flex() if device == "cuda" else flex_attention
     of = function(what, size.seqlen, size.heads, device)
     asked: dict[str, Any] = {"score_mod": of}
     if kind == "score" and size.head_dim <= 64:
@@ -144,14 +139,6 @@ def flex(what: str, kind: str, size: Size, device: str) -> Made:
     if kind == "mask":
         batch = size.batch if what == "prefix-LM" else None
         asked = {"block_mask": create_block_mask(of, batch, None, size.seqlen, size.seqlen, device=device)}
-    call: Any = flex_attention
-    if device == "cuda":
-        import torch._dynamo.config
-        import torch._functorch.config
-
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-        torch._functorch.config.donated_buffer = False  # else no second backward pass of one forward pass
-        call = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: call(*(x.transpose(1, 2) for x in (q, k, v)), **asked).transpose(1, 2), []
 
 
@@ -162,23 +149,14 @@ def fa4(what: str, size: Size, device: str) -> Made:
     except ImportError as error:
         raise Absent(f"flash_attn.cute can't be imported: {error}") from error
     if what == "window":
-        return lambda q, k, v: _first(flash_attn_func(q, k, v, window_size=(WINDOW, 0))), []
+        return lambda q, k, v: output_of(flash_attn_func(q, k, v, window_size=(WINDOW, 0))), []
     ids = document_ids(size.seqlen, device)
     bounds = torch.cat([torch.zeros(1, device=device), ids.bincount().cumsum(0)]).int()
     lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-    return lambda q, k, v: _first(flash_attn_varlen_func(*without_batch(q, k, v), **lengths))[None], []
-
-
-def _first(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
+    return lambda q, k, v: output_of(flash_attn_varlen_func(*without_batch(q, k, v), **lengths))[None], []
 
 
 # ---- biases, sinks, slopes, dropout ----------------------------------------------------------------------------------
-
-
-def _known(name: str) -> None:
-    if name not in inspect.signature(attention).parameters:
-        raise Absent(f"attention has no {name}")
 
 
 def pair_bias(size: Size, device: str) -> torch.Tensor:
@@ -189,9 +167,7 @@ def pair_bias(size: Size, device: str) -> torch.Tensor:
 
 
 def biased(size: Size, device: str) -> Made:
-    _known("bias")
-    asked: Any = attention
-    return lambda q, k, v, bias: asked(q, k, v, bias=bias), [pair_bias(size, device)]
+    return lambda q, k, v, bias: attention(q, k, v, bias=bias), [pair_bias(size, device)]
 
 
 def sdpa(backend: str, size: Size, device: str, bias: bool = False, dropout_p: float = 0.0) -> Made:
@@ -203,12 +179,6 @@ def sdpa(backend: str, size: Size, device: str, bias: bool = False, dropout_p: f
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p).transpose(1, 2)
 
     return call, [pair_bias(size, device)] if bias else []
-
-
-def with_dropout(size: Size, device: str) -> Made:
-    _known("dropout_p")
-    asked: Any = attention
-    return lambda q, k, v: asked(q, k, v, dropout_p=P_DROPOUT), []
 
 
 def with_sinks(size: Size, device: str) -> Made:
@@ -233,7 +203,7 @@ ROWS = [
     Row("sinks", "without", 0.97, (4096, 16384), with_sinks, CAUSAL, same=False),
     Row("ALiBi", "without", 0.95, (4096, 16384), with_slopes, CAUSAL, same=False),
     Row(
-        "dropout", "FlashAttention-2", 1.3, (4096,), with_dropout,
+        "dropout", "FlashAttention-2", 1.3, (4096,), partial(built_in, dropout_p=P_DROPOUT),
         partial(sdpa, "FLASH_ATTENTION", dropout_p=P_DROPOUT), same=False,
     ),
 ]  # fmt: skip

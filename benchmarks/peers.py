@@ -154,11 +154,11 @@ def _ours(case: Case, q, k, v, **how):
     rules = _rules(case) | how | rows_in_use(case, q.device)
     if case.packed:
         bounds = bounds_of(case, q.device)
-        return lambda: _output(attention_varlen(*without_batch(q, k, v), bounds, **rules)).unsqueeze(0)
+        return lambda: output_of(attention_varlen(*without_batch(q, k, v), bounds, **rules)).unsqueeze(0)
     return lambda: attention(q, k, v, **rules)
 
 
-def _output(result) -> Any:
+def output_of(result) -> Any:
     """Of what some functions, or versions of them, return with the log-sum-exp."""
     return result[0] if isinstance(result, tuple) else result
 
@@ -273,7 +273,7 @@ def torch_varlen(case, q, k, v):
     rules: dict[str, Any] = {"window_size": (left, right)}
     if case.heads != case.heads_kv:
         rules["enable_gqa"] = True
-    return lambda: _output(varlen_attn(*without_batch(q, k, v), bounds, bounds, longest, longest, **rules)).unsqueeze(0)
+    return lambda: output_of(varlen_attn(*without_batch(q, k, v), bounds, bounds, longest, longest, **rules)).unsqueeze(0)
 
 
 FLEX = "torch.nn.attention.flex_attention:flex_attention"
@@ -282,22 +282,30 @@ FLEX = "torch.nn.attention.flex_attention:flex_attention"
 @peer("torch_flex", "torch FlexAttention, compiled", needs=FLEX, heads_first=True, slow_start=True, compiles="case")
 def torch_flex(case, q, k, v):
     _refuse_ragged(case)
-    attend = _compiled_flex(case, str(q.device))
+    attend = _flex(case, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: attend(q, k, v)
 
 
-@lru_cache
-def _compiled_flex(case: Case, device: str) -> Callable[..., Any]:
-    """FlexAttention for one case, whose rules it takes as functions of coordinates."""
+def compiled_flex() -> Callable[..., Any]:
+    """FlexAttention, compiled for each shape."""
     import torch
     import torch._dynamo.config
     import torch._functorch.config
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     # Each case is a new shape, and torch stops compiling after a handful of them.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     torch._functorch.config.donated_buffer = False  # else no second backward pass of one forward pass
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache
+def _flex(case: Case, device: str) -> Callable[..., Any]:
+    """FlexAttention for one case, whose rules it takes as functions of coordinates."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask
+
     left, right = case.edges
     shift = case.seqlen_k - case.seqlen_q
 
@@ -318,7 +326,7 @@ def _compiled_flex(case: Case, device: str) -> Callable[..., Any]:
         rules["block_mask"] = create_block_mask(band, None, None, case.seqlen_q, case.seqlen_k, device=device)
     if case.softcap:
         rules["score_mod"] = softcap
-    return partial(torch.compile(flex_attention, dynamic=False), **rules)
+    return partial(compiled_flex(), **rules)
 
 
 # --- FlashAttention --------------------------------------------------------------------------------------------------
@@ -337,9 +345,9 @@ def _flash(module, case: Case, q, k, v, unbounded, padded=None):
         rules |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
         def attention(q, k, v, **rules):
-            return _output(module.flash_attn_varlen_func(*without_batch(q, k, v), **rules)).unsqueeze(0)
+            return output_of(module.flash_attn_varlen_func(*without_batch(q, k, v), **rules)).unsqueeze(0)
 
-    return lambda: _output(attention(q, k, v, **rules))
+    return lambda: output_of(attention(q, k, v, **rules))
 
 
 @peer("flash_attn", "flash_attn, FlashAttention-2", needs="flash_attn:flash_attn_func")
