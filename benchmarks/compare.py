@@ -107,8 +107,9 @@ class Agreement:
     others: float | None
 
 
-def agreement(changes: list[Change], kind: str = "burst") -> Agreement:
-    both = [c for c in changes if c.cell.kind == kind and c.change is not None]
+def agreement(changes: list[Change]) -> Agreement:
+    """Of bursts."""
+    both = [c for c in changes if c.cell.kind == "burst" and c.change is not None]
     moved = {mine: [1 + (c.change or 0.0) for c in both if is_ours(c.peer) == mine] for mine in (True, False)}
     means = {mine: geometric_mean(found) if found else None for mine, found in moved.items()}
     return Agreement(

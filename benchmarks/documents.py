@@ -23,7 +23,7 @@ from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
 from benchmarks.parts.show import MARKED, SHIPPED, number
 from benchmarks.parts.verdict import verdicts
-from benchmarks.report import HOST_BOUND, PAIRS, headline, is_of_host, pair, ratio
+from benchmarks.report import HOST_BOUND, PAIRS, headline, is_of_host, mebibytes, pair, ratio
 from benchmarks.results import THREE_IN_FOUR, Cell, Measurement, Record
 from cute_attn.command import write_whole
 
@@ -169,15 +169,11 @@ def _of_rounds(m: Measurement | None) -> str:
 def memory(record: Record) -> str:
     """MiB of the card that a call needs beyond its outputs, and what the forward pass keeps for the backward pass."""
     cells = record.of_kind("memory")
-    rows = [[peer, *(_bytes(cell.results.get(peer)) for cell in cells)] for peer in record.peer_names(cells)]
+    rows = []
+    for peer in record.peer_names(cells):
+        found = (cell.results.get(peer) for cell in cells)
+        rows.append([peer, *((mebibytes(m, 0) if m and m.ok else None) or "" for m in found)])
     return table(["peer", *(cell.case.label for cell in cells)], rows)
-
-
-def _bytes(m: Measurement | None) -> str:
-    if m is None or not m.ok or m.peak_bytes is None:
-        return ""
-    kept = m.extra.get("kept_bytes")
-    return f"{m.peak_bytes / 2**20:.0f}" + ("" if kept is None else f" (+ {kept / 2**20:.0f})")
 
 
 def trained(found: training.Outcome) -> str:

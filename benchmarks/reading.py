@@ -36,11 +36,11 @@ def _launch(m: Any, sink: Any, blocks: Int32, stream):
     _read(m, sink).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
-def compile_for(target: str, options: str = ""):
+def compile_for(target: str):
     """The function of (words, sink, blocks, stream)."""
     words = runtime.make_fake_tensor(Int32, (cute.sym_int(), WORDS), (WORDS, 1), assumed_align=16)
     sink = runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
-    options = f"--enable-tvm-ffi --gpu-arch={target} {options}"
+    options = f"--enable-tvm-ffi --gpu-arch={target}"
     return cute.compile(_launch, words, sink, Int32(0), runtime.make_fake_stream(), options=options)
 
 

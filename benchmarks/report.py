@@ -165,56 +165,47 @@ def _summary_rows(
 
 
 def host_table(record: Record, cells: list[Cell]) -> Table:
-    table = _peer_table(record, cells, f"{KINDS['host']}: µs per call, the least of the rounds and their median")
-    for cell in cells:
-        fastest = min((m.least for m in cell.results.values() if m.ok and m.least), default=None)
-        figures: list[str | Text] = []
-        for name in record.peer_names(cells):
-            m = cell.results.get(name)
-            if m is None or not m.ok or m.seconds is None or m.least is None:
-                figures.append(rate_text(m))
-                continue
-            mark = BEST if m.least == fastest else ""
-            median = f"{m.seconds * 1e6:.1f} ±{record.printed_spread(cell.kind, m):.0%}"
-            figures.append(f"{m.least * 1e6:.1f}, median {median}{mark}")
-        table.add_row(cell.case.label, *figures)
-    return table
+    def text(cell: Cell, m: Measurement) -> str | None:
+        if m.seconds is None or m.least is None:
+            return None
+        fastest = min((x.least for x in cell.results.values() if x.ok and x.least), default=None)
+        median = f"{m.seconds * 1e6:.1f} ±{record.printed_spread(cell.kind, m):.0%}"
+        return f"{m.least * 1e6:.1f}, median {median}{BEST if m.least == fastest else ''}"
+
+    return _peer_table(record, cells, f"{KINDS['host']}: µs per call, the least of the rounds and their median", text)
 
 
 def memory_table(record: Record, cells: list[Cell]) -> Table:
-    table = _peer_table(record, cells, f"{KINDS['memory']}: MiB beyond its outputs (+ kept from forward to backward)")
-    for cell in cells:
-        figures: list[str | Text] = []
-        for name in record.peer_names(cells):
-            m = cell.results.get(name)
-            if m is None or not m.ok or m.peak_bytes is None:
-                figures.append(rate_text(m))
-                continue
-            kept = m.extra.get("kept_bytes")
-            figures.append(f"{m.peak_bytes / 2**20:.1f}" + ("" if kept is None else f" (+ {kept / 2**20:.1f})"))
-        table.add_row(cell.case.label, *figures)
-    return table
+    title = f"{KINDS['memory']}: MiB beyond its outputs (+ kept from forward to backward)"
+    return _peer_table(record, cells, title, lambda cell, m: mebibytes(m, 1))
+
+
+def mebibytes(m: Measurement, digits: int) -> str | None:
+    """What a call needs beyond its outputs and, if that is known, what it keeps from forward to backward."""
+    if m.peak_bytes is None:
+        return None
+    kept = m.extra.get("kept_bytes")
+    return f"{m.peak_bytes / 2**20:.{digits}f}" + ("" if kept is None else f" (+ {kept / 2**20:.{digits}f})")
 
 
 def first_table(record: Record, cells: list[Cell]) -> Table:
-    table = _peer_table(record, cells, f"{KINDS['first']}: seconds, cold / warm (of which context and inputs)")
-    for cell in cells:
-        figures: list[str | Text] = []
-        for name in record.peer_names(cells):
-            m = cell.results.get(name)
-            x = m.extra if m is not None and m.ok else {}
-            figures.append(
-                f"{x['cold_s']:.2f} / {x['warm_s']:.2f} ({x['warm_context_s']:.2f})" if x else rate_text(m)
-            )
-        table.add_row(cell.case.label, *figures)
-    return table
+    def text(cell: Cell, m: Measurement) -> str | None:
+        x = m.extra
+        return f"{x['cold_s']:.2f} / {x['warm_s']:.2f} ({x['warm_context_s']:.2f})" if x else None
+
+    return _peer_table(record, cells, f"{KINDS['first']}: seconds, cold / warm (of which context and inputs)", text)
 
 
-def _peer_table(record: Record, cells: list[Cell], title: str) -> Table:
+def _peer_table(record: Record, cells: list[Cell], title: str, text: Callable[[Cell, Measurement], str | None]) -> Table:
+    """A row per case, a column per peer: ``text`` of its figure, or why there is none."""
+    names = record.peer_names(cells)
     table = Table(title=title, title_justify="left")
     table.add_column("case")
-    for name in record.peer_names(cells):
+    for name in names:
         table.add_column(name, justify="right")
+    for cell in cells:
+        found = (cell.results.get(name) for name in names)
+        table.add_row(cell.case.label, *((text(cell, m) if m and m.ok else None) or rate_text(m) for m in found))
     return table
 
 

@@ -215,15 +215,15 @@ def _int32(numbers: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device="cuda")
 
 
-def timed(call: Callable[[], Any], least: float = 0.02) -> float:
-    """Seconds of a call on the device: as many as take ``least`` seconds, after one that isn't counted."""
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call on the device: as many as take 20 ms, after one that isn't counted."""
     call()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
     end.record()
     end.synchronize()
-    count = max(1, round(least / max(begin.elapsed_time(end) / 1e3, 1e-6)))
+    count = max(1, round(0.02 / max(begin.elapsed_time(end) / 1e3, 1e-6)))
     begin.record()
     for _ in range(count):
         call()

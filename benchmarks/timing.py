@@ -21,6 +21,7 @@ WARM_SECONDS = 0.002  # untimed calls before a burst: clocks wake up, and the ho
 WINDOW_SECONDS = 0.05  # continuous load is timed in windows of this length
 SETTLE = 0.3  # the share of a sustained turn that isn't counted: power and clock find their level
 QUEUE_AHEAD = 3  # windows queued beyond the one that is running
+UNWAITED_CALLS = 50  # of the host, before the device is waited for
 
 
 class Clock(Protocol):
@@ -163,14 +164,14 @@ def sustained(clock: Clock, call: Call, per_call: float, *, seconds: float) -> T
     return Turn(tuple(samples), counted_from, ended)
 
 
-def host_side(clock: Clock, call: Call, *, calls: int, queue: int = 50) -> Turn:
-    """Host seconds of each of ``calls`` calls; the device is waited for, untimed, every ``queue`` calls."""
+def host_side(clock: Clock, call: Call, *, calls: int) -> Turn:
+    """Host seconds of each of ``calls`` calls; the device is waited for, untimed, every few calls."""
     call()
     clock.sync()
     began = clock.now()
     samples = []
     for i in range(calls):
-        if i % queue == 0:
+        if i % UNWAITED_CALLS == 0:
             clock.sync()
         start = clock.now()
         call()
