@@ -8,7 +8,7 @@ hasn't is ``None``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -227,9 +227,3 @@ def in_order(fields: Fields, values: dict[str, Any]) -> tuple:
             group = in_order(field, values)
             found.append(None if all(x is None for x in group) else group)
     return tuple(found)
-
-
-def each(fields: Fields) -> Iterator[Field]:
-    """Those of groups, too."""
-    for field in fields:
-        yield from (field,) if isinstance(field, Field) else each(field)

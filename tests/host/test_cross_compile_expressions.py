@@ -213,14 +213,15 @@ def test_problems_are_explained(what):
 
 
 def test_a_kernel_takes_what_its_functions_read():
-    from cute_attn.fields import FORWARD, each
+    from cute_attn.fields import FORWARD, Field
 
     problem = FunctionCase("tma_wgmma", 64, "all").problem
     config = plan(problem, "sm_90a", None)
-    asked = {field.name: field.asked(problem, config) for field in each(FORWARD)}
+    fields = [field for some in FORWARD for field in ([some] if isinstance(some, Field) else some)]
+    asked = {field.name: field.asked(problem, config) for field in fields}
     assert asked["captured"]
     assert asked["sinks"]
     assert problem.expression.tensors == (("int64", 2, 1), ("bfloat16", 2, 1), ("float32", 1, 1))
     plain = replace(problem, expression=expression(masks.causal), sinks=False)
-    assert not any(field.asked(plain, config) for field in each(FORWARD) if field.name in ("captured", "sinks"))
+    assert not any(field.asked(plain, config) for field in fields if field.name in ("captured", "sinks"))
     assert layouts.family(config) is not None
