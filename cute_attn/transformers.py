@@ -501,7 +501,7 @@ def attend(
     if sinks is None:
         sinks = others.pop("sinks", None)
     own = softcap is not None or sinks is not None
-    beyond = _beyond(attention_mask, dropout, bias, own, cu_seq_lens_q is not None, others)
+    beyond = _beyond(attention_mask, bias, own, cu_seq_lens_q is not None, others)
     if beyond is not None:
         if fallback is None or not beyond.handed_on:
             raise beyond
@@ -594,7 +594,7 @@ def _read_as_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: to
     return q.dtype == k.dtype == v.dtype and are_plain(given) and not differentiable
 
 
-def _beyond(attention_mask: object, dropout: float, bias, own: bool, packed: bool, others: dict[str, Any]) -> Beyond | None:
+def _beyond(attention_mask: object, bias, own: bool, packed: bool, others: dict[str, Any]) -> Beyond | None:
     """What a layer asks for that attention has not; ``own`` says that it also asks for what the fallback has not, ``packed``
     that lengths of sequences are given."""
     for name, wanted in _BEYOND.items():
