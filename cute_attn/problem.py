@@ -444,14 +444,6 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
         )
 
 
-def have_memory(*tensors: torch.Tensor) -> bool:
-    """Whether all have an address, for which torch raises where there is no storage."""
-    try:
-        return 0 not in [x.data_ptr() for x in tensors]
-    except RuntimeError:
-        return False
-
-
 def is_aligned(x: torch.Tensor) -> bool:
     """One look for the usual case: every address that a row of a GPU dtype can have is a multiple of 16 bytes."""
     try:

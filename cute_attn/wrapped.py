@@ -19,7 +19,7 @@ import torch
 from cute_attn.arguments import check_layout, check_memory, computes_in_its_own_way, shown
 from cute_attn.lengths import NAMES, Lengths
 from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed, ragged_dim
-from cute_attn.problem import Call, check_call, have_memory
+from cute_attn.problem import Call, check_call
 
 TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
 DTENSORS = "torch.distributed.tensor"
@@ -54,7 +54,7 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of an output as the backward pass can read it: it may come from a collective, too."""
     if x is None or torch.compiler.is_compiling():
         return x
-    if type(x) is torch.Tensor and x.is_cuda and not is_transformed(x) and have_memory(x):  # the usual case
+    if type(x) is torch.Tensor and x.is_cuda and not is_transformed(x) and _has_memory(x):  # the usual case
         return x
     if has_no_values(x):
         return x
@@ -68,6 +68,14 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
             f"attention's backward pass takes one: try them one by one, or vectorize=False"
         ) from error
     return x
+
+
+def _has_memory(x: torch.Tensor) -> bool:
+    """Whether a tensor has an address, for which torch raises where there is no storage."""
+    try:
+        return bool(x.data_ptr())
+    except RuntimeError:
+        return False
 
 
 def finished(x):
@@ -102,19 +110,18 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
             "x.to_local() of all, where whole sequences or heads are sharded"
         )
     distributed = sys.modules[DTENSORS]
-    kinds = [type(x).__name__ for x in (q, k, v)]
     if not all(isinstance(x, distributed.DTensor) for x in (q, k, v)):
         raise TypeError(
-            f"q, k, v are a {', a '.join(kinds)}; DTensors or none is needed: try DTensor.from_local, or q.full_tensor()"
+            f"q, k, v are a {', a '.join(type(x).__name__ for x in (q, k, v))}; DTensors or none is needed: try "
+            f"DTensor.from_local, or q.full_tensor()"
         )
     if not q.device_mesh == k.device_mesh == v.device_mesh:
         raise ValueError(
             f"q, k, v lie on the meshes {q.device_mesh}, {k.device_mesh}, {v.device_mesh}; one is needed: redistribute them"
         )
     call = check_call(q, k, v, **rules)
-    placements = q.placements
     those = distributed.Shard(0), distributed.Shard(2), distributed.Replicate()
-    if not (placements == k.placements == v.placements and all(placement in those for placement in placements)):
+    if not (q.placements == k.placements == v.placements and all(placement in those for placement in q.placements)):
         raise ValueError(
             f"q, k, v have the placements {q.placements}, {k.placements}, {v.placements}; Shard(0), the batch, Shard(2), the "
             f"heads, or Replicate() is needed on each dimension of the mesh, alike for all three: try "
@@ -155,8 +162,8 @@ def nested(varlen: Callable, q, k, v, rules: dict, others: dict):
     """Attention of jagged tensors ``(batch, seqlen, heads, head_dim)``, by ``attention_varlen`` of their values and offsets;
     results are such tensors, of q's lengths. Rows that ``torch.nested.narrow`` leaves out are not in use."""
     tensors = {"q": q, "k": k, "v": v}
-    kinds = [f"{x.layout}, nested" if isinstance(x, torch.Tensor) and x.is_nested else shown(x) for x in tensors.values()]
     if not all(isinstance(x, torch.Tensor) and x.layout is torch.jagged for x in tensors.values()):
+        kinds = [f"{x.layout}, nested" if isinstance(x, torch.Tensor) and x.is_nested else shown(x) for x in tensors.values()]
         raise TypeError(
             f"q, k, v are {'; '.join(kinds)}; nested tensors of layout torch.jagged are needed, or none: try "
             f"torch.nested.nested_tensor(…, layout=torch.jagged) of each, or attention_varlen"
