@@ -47,9 +47,9 @@ def plot(record: Record, folder: Path, anchors: Anchors | None = None) -> list[P
                     continue
                 recorded = anchors if kind == "burst" else None
                 title = f"{record.about.get('card', {}).get('name', '')}: {direction}, {LABELS[kind]}"
-                written += _save(draw_rates(record, cells, title, recorded), folder / f"rates-{direction}-{kind}")
+                written += save(draw_rates(record, cells, title, recorded), folder / f"rates-{direction}-{kind}")
                 if any(ratio(cell, recorded) for cell in cells):
-                    written += _save(draw_ratios(cells, title, recorded), folder / f"ratios-{direction}-{kind}")
+                    written += save(draw_ratios(cells, title, recorded), folder / f"ratios-{direction}-{kind}")
     return written
 
 
@@ -165,7 +165,8 @@ def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figur
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """The files written, SVG and PNG."""
     from matplotlib import pyplot
 
     paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]

@@ -153,7 +153,7 @@ def table(found: Outcome) -> Table:
 
 def plot(found: Outcome, path: Path) -> list[Path]:
     """The curves above, their distances from eager attention's below, with the bound; SVG and PNG."""
-    from benchmarks.plot import CEILING, GRID, OTHERS, STYLES, _save, drawing
+    from benchmarks.plot import CEILING, GRID, OTHERS, STYLES, drawing, save
 
     colors = {OURS: STYLES["ours_tma_wgmma"][0], EAGER: STYLES["torch_cudnn"][0]}
     rest = [name for name in found.curves if name not in colors]
@@ -181,4 +181,4 @@ def plot(found: Outcome, path: Path) -> list[Path]:
             axis.grid(color=GRID, linewidth=0.6)
         above.legend(frameon=False)
         figure.suptitle(f"{found.about.get('card', {}).get('name') or 'CPU'}: a small transformer, by attention")
-        return _save(figure, path.with_suffix(""))
+        return save(figure, path.with_suffix(""))

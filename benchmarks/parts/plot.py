@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
 from benchmarks.parts.show import TITLES, number
-from benchmarks.plot import CEILING, GRID, _save
+from benchmarks.plot import CEILING, GRID, drawing, save
 
 # Okabe and Ito's colours, which the common kinds of colour blindness keep apart; names beside the bars say the same.
 COLORS = {"tma_wgmma": "#0072B2", "cp_async": "#E69F00"}
@@ -19,20 +19,14 @@ BAR_INCHES = 0.22
 
 def plot(record: PartsRecord, folder: Path) -> list[Path]:
     """Draw every part of a run into ``folder``; the files written."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(f"--plot needs matplotlib ({error}): try pip install matplotlib") from None
-    matplotlib.use("Agg")
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "cute-attn", "font.size": 9}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     card = record.about.get("card", {}).get("name", "")
-    with matplotlib.rc_context(settings | {"axes.axisbelow": True}):
+    with drawing():
         for part in PARTS:
             figures = [figure for figure in record.of_part(part) if figure.ok and figure.rate is not None]
             for name, shown in _pictures(part, figures).items():
-                written += _save(draw(part, shown, f"{card}: {TITLES[part]}"), folder / f"parts-{name}")
+                written += save(draw(part, shown, f"{card}: {TITLES[part]}"), folder / f"parts-{name}")
     return written
 
 
