@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from benchmarks.parts.kernels import Kernel
@@ -70,9 +69,8 @@ def copies(shape: Shape, mechanism: str, target: str) -> Iterator[Probe]:
 def products(shape: Shape, mechanism: str, target: str) -> Iterator[Probe]:
     """Both products of a configuration, by where their operands come from."""
     config = shape.config(target, mechanism)
-    wgmma = mechanism == "tma_wgmma"
-    for role, sources in {"S": ("shared",) if wgmma else ("shared", "registers"), "O": ("registers",)}.items():
-        for source in sources if wgmma or role == "S" else ("shared", "registers"):
+    for role, of_wgmma in (("S", "shared"), ("O", "registers")):
+        for source in (of_wgmma,) if mechanism == "tma_wgmma" else ("shared", "registers"):
             kernel = Kernel("products", f"{role} {source}", shape.problem, config)
             yield Probe("products", shape, mechanism, _product(role, source, config), kernel, shipped=True)
 
@@ -174,12 +172,10 @@ def probes(
 
 def jobs(found: Sequence[Probe]) -> list[list[Probe]]:
     """Probes that take turns, together."""
-    ordered = sorted(found, key=lambda probe: _order(found, probe))
-    return [list(group) for _, group in groupby(ordered, key=lambda probe: probe.turns)]
-
-
-def _order(found: Sequence[Probe], probe: Probe) -> int:
-    return next(i for i, other in enumerate(found) if other.turns == probe.turns)
+    together: dict[tuple, list[Probe]] = {}
+    for probe in found:
+        together.setdefault(probe.turns, []).append(probe)
+    return list(together.values())
 
 
 def _product(role: str, source: str, config: Config) -> str:

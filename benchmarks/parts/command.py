@@ -50,7 +50,8 @@ def add_parser(commands: Any) -> None:
     build = parser.add_argument_group("compiling")
     build.add_argument("--compile-only", action="store_true", help="compile and look into the code; needs no GPU")
     build.add_argument("--arch", help=f"target to compile for (the GPU's; {DEFAULT_TARGET} where there is none)")
-    build.add_argument("--jobs", type=command.positive, default=default_jobs(), help="processes that compile (%(default)s)")
+    jobs = max(1, processors() - 1)
+    build.add_argument("--jobs", type=command.positive, default=jobs, help="processes that compile (%(default)s)")
     build.add_argument("--cache", type=command.output_folder, metavar="DIR", help="of compiled kernels (the project's)")
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here, after every job")
@@ -198,7 +199,3 @@ def cache_folder() -> Path:
     from cute_attn.cache import cache_dir
 
     return cache_dir() / "parts"
-
-
-def default_jobs() -> int:
-    return max(1, processors() - 1)
