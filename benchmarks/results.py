@@ -333,5 +333,11 @@ def read_json(path: Path, needed: str) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
 
 
+def one_line(error: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
 def is_ours(name: str) -> bool:
     return name == "ours" or name.startswith("ours_")

@@ -20,7 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.check import Inputs, Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved, flops
 from benchmarks.peers import Peer, UnsupportedError
-from benchmarks.results import Cell, Measurement
+from benchmarks.results import Cell, Measurement, one_line
 from benchmarks.settings import Settings
 from benchmarks.timing import Call, Clock, Turn, burst, estimate, host_side, scatter, summary, sustained
 
@@ -55,6 +55,14 @@ class Bench:
         target = torch.empty_like(source)
         seconds, _ = summary([estimate(self.clock, lambda: target.copy_(source)) for _ in range(5)])
         return 2 * size / seconds / 1e12
+
+    def state(self) -> dict[str, Any] | None:
+        """The last reading of the card, if it is read."""
+        return None if self.meter is None else self.meter.latest()
+
+    def close(self) -> None:
+        if self.meter is not None:
+            self.meter.close()
 
     @property
     def reads_memory(self) -> bool:
@@ -362,9 +370,3 @@ def in_rotation(calls: Sequence[Call]) -> Call:
         return calls[0]
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import warnings
 from multiprocessing.connection import Connection
-from typing import Any
 
 from benchmarks.peers import choose
 from benchmarks.results import KINDS
@@ -31,10 +30,6 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
         importlib.import_module(module)
     bench, source = open_bench()
     teams = {kind: choose(crew.names, bench.device, kind, quick=crew.quick) for kind in KINDS}
-    meter = bench.meter
-
-    def state() -> dict[str, Any] | None:
-        return None if meter is None else meter.latest()
 
     def notify(peer: str | None) -> None:
         connection.send(("turn", peer))
@@ -42,7 +37,7 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
     about = {
         "card": card.describe(source),
         "versions": card.versions(),
-        "before": state(),
+        "before": bench.state(),
         "peers": {p.name: p.about for chosen, _ in teams.values() for p in chosen},
         "missing": {name: why for _, missing in teams.values() for name, why in missing.items()},
     }
@@ -67,9 +62,8 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
         except KeyboardInterrupt:  # the supervisor has ended this process, in the middle of a first call
             return
         connection.send(("cell", cell))
-    connection.send(("state", state()))
-    if meter is not None:
-        meter.close()
+    connection.send(("state", bench.state()))
+    bench.close()
 
 
 def open_bench():

@@ -20,6 +20,7 @@ from benchmarks.parts import kernels
 from benchmarks.parts.catalogue import HOST, Probe
 from benchmarks.parts.limits import Limits, assess
 from benchmarks.parts.results import Figure
+from benchmarks.results import one_line
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor
 from benchmarks.timing import burst, estimate, host_side, summary
@@ -112,7 +113,7 @@ class Bench:
             do(*arguments)
         except Exception as error:
             entrant.call = None
-            entrant.figure.lose("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+            entrant.figure.lose("failed", one_line(error))
             try:
                 self._clock.sync()
             except Exception:
@@ -234,14 +235,9 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
     from benchmarks import card
     from benchmarks.worker import open_bench
 
-    bench_, source = open_bench()
-    facts = card.describe(source)
-    meter, clock = bench_.meter, bench_.clock
-
-    def state() -> dict[str, Any] | None:
-        return None if meter is None else meter.latest()
-
-    about: dict[str, Any] = {"card": facts, "versions": card.versions(), "before": state()}
+    opened, source = open_bench()
+    facts, clock = card.describe(source), opened.clock
+    about: dict[str, Any] = {"card": facts, "versions": card.versions(), "before": opened.state()}
     device = None
     limits = Limits(0, None, None)
     if facts["device"] == "cuda":
@@ -261,7 +257,7 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
             device,
             settings,
             read_clock=read_clock,
-            meter=meter,
+            meter=opened.meter,
             notify=lambda key: connection.send(("turn", key)),
         )
         try:
@@ -270,9 +266,8 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
             connection.send(("lost", error.key, str(error)))
             return
         connection.send(("figures", found))
-    connection.send(("state", state()))
-    if meter is not None:
-        meter.close()
+    connection.send(("state", opened.state()))
+    opened.close()
 
 
 def _reader(device: Any, kernel: kernels.Kernel, folder: Path) -> Callable[[], float | None]:
