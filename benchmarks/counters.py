@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -18,9 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import read_json
+from benchmarks.results import read_json, write_json
 from cute_attn import layouts
-from cute_attn.command import write_whole
 from cute_attn.layouts.__main__ import configs
 from cute_attn.layouts.base import Box, Config, Copy, Layout
 from cute_attn.layouts.tools import counts
@@ -213,7 +211,7 @@ class CountersRecord:
             }
             for one in self.kernels
         ]
-        write_whole(path, json.dumps({"schema": SCHEMA, "about": self.about, "kernels": kernels}, indent=1) + "\n")
+        write_json(path, {"schema": SCHEMA, "about": self.about, "kernels": kernels})
 
     @staticmethod
     def load(path: Path) -> CountersRecord:

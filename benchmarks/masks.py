@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -28,8 +27,8 @@ from rich.table import Table
 
 from benchmarks import ahead, arguments, card, supervise, timing
 from benchmarks.peers import compiled_flex, only, output_of, without_batch
+from benchmarks.results import write_json
 from cute_attn import attention, block_mask, command, masks, scores
-from cute_attn.command import write_whole
 
 SCHEMA = "masks 1"
 ABOUT = "time masks, scores, biases, sinks and dropout beside other ways to the same results"
@@ -290,7 +289,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     def save(complete: bool) -> None:
         if options.json:
             found: dict[str, Any] = {"schema": SCHEMA, "complete": complete, "about": about, "block_masks": made}
-            write_whole(options.json, json.dumps(found | {"cells": [*map(dataclasses.asdict, cells)]}, indent=1) + "\n")
+            write_json(options.json, found | {"cells": [*map(dataclasses.asdict, cells)]})
 
     try:
         jobs = _jobs(options, device)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import arguments, card, markdown, timing
+from benchmarks.results import write_json
 from cute_attn import command
-from cute_attn.command import write_whole
 
 SCHEMA = "model 1"
 ABOUT = "time a training step of a Llama of Transformers with cute_attn, torch's attention and FlashAttention"
@@ -118,7 +117,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     about["versions"]["transformers"] = importlib.metadata.version("transformers")
     if options.json:
         found: dict[str, Any] = {"schema": SCHEMA, "complete": not stopped, "about": about, "failed": failed}
-        write_whole(options.json, json.dumps(found | {"cells": [*map(dataclasses.asdict, cells)]}, indent=1) + "\n")
+        write_json(options.json, found | {"cells": [*map(dataclasses.asdict, cells)]})
     console.print(table(cells, size))
     for name, why in failed.items():
         console.print(f"{name} could not run: {why}", style="red", highlight=False, markup=False)

@@ -256,14 +256,8 @@ class Record:
         return sorted(names, key=lambda name: not is_ours(name))
 
     def save(self, path: Path) -> None:
-        """Write the file so that a reader sees the old one or the new one, never half of one."""
-        fields = {
-            "schema": SCHEMA,
-            "complete": self.complete,
-            "about": self.about,
-            "cells": [cell.to_dict() for cell in self.cells],
-        }
-        write_whole(path, json.dumps(fields, indent=1) + "\n")
+        fields = {"schema": SCHEMA, "complete": self.complete, "about": self.about}
+        write_json(path, fields | {"cells": [cell.to_dict() for cell in self.cells]})
 
     @staticmethod
     def load(path: Path) -> Record:
@@ -321,6 +315,11 @@ class Keeper:
             if not self._said:
                 self._say(f"{self._path} can't be written ({error}): measuring goes on, and the next cell tries again")
             self._said = True
+
+
+def write_json(path: Path, fields: dict[str, Any], **how: Any) -> None:
+    """Write a file of results so that a reader sees the old one or the new one, never half of one."""
+    write_whole(path, json.dumps(fields, indent=1, **how) + "\n")
 
 
 def read_json(path: Path, needed: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import card, markdown
+from benchmarks.results import write_json
 from cute_attn import attention, attention_kvcache, command, launch, plan, serve
-from cute_attn.command import write_whole
 
 SCHEMA = "serving 1"
 ABOUT = "time decoding from contiguous and paged caches, by the rate at which it reads them"
@@ -137,7 +136,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         record: dict[str, Any] = {"schema": SCHEMA, "about": card.about()}
         record |= {"read_bytes_per_second": rate, "host_seconds": host, "launches": launched}
         record |= {"config": options.config, "rows": cells}
-        write_whole(options.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_json(options.json, record, ensure_ascii=False)
     of_calls = host * 1e6 <= HOST_MOST_US and max(launched) <= LAUNCHES_MOST
     return 0 if of_calls and all(cell["met"] is not False for cell in cells) else 1
 

@@ -22,8 +22,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import arguments
+from benchmarks.results import write_json
 from cute_attn import command
-from cute_attn.command import write_whole
 
 SCHEMA = "training 1"
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ class Outcome:
         )
 
     def save(self, path: Path) -> None:
-        write_whole(path, json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1) + "\n")
+        write_json(path, {"schema": SCHEMA, **dataclasses.asdict(self)})
 
     @staticmethod
     def load(path: Path) -> Outcome:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.parts.limits import Assessment, Limits, assess
-from benchmarks.results import read_json
-from cute_attn.command import write_whole
+from benchmarks.results import read_json, write_json
 
 SCHEMA = "parts 1"
 
@@ -68,10 +66,8 @@ class PartsRecord:
         return [figure for figure in self.figures if figure.part == part]
 
     def save(self, path: Path) -> None:
-        """Write the file so that a reader sees the old one or the new one, never half of one."""
         fields = {"schema": SCHEMA, "complete": self.complete, "about": self.about}
-        fields["figures"] = [asdict(figure) for figure in self.figures]
-        write_whole(path, json.dumps(fields, indent=1) + "\n")
+        write_json(path, fields | {"figures": [asdict(figure) for figure in self.figures]})
 
     @staticmethod
     def load(path: Path) -> PartsRecord:
