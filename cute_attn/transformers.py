@@ -600,14 +600,14 @@ def _beyond(attention_mask: object, bias, own: bool, packed: bool, others: dict[
     for name, wanted in _BEYOND.items():
         if others.get(name) is not None and others[name] is not False:
             return Beyond(wanted, False)
-    if isinstance(attention_mask, Mask) and attention_mask.beyond is not None:
-        return Beyond(attention_mask.beyond, not own)
-    masked = isinstance(attention_mask, torch.Tensor)
-    if attention_mask is not None and not isinstance(attention_mask, Mask):
-        text = f"a mask of its own, a {type(attention_mask).__name__} of shape {tuple(getattr(attention_mask, 'shape', ()))}"
-        dtype: Any = getattr(attention_mask, "dtype", None)
-        if packed or not masked or not (dtype == torch.bool or dtype.is_floating_point):
+    made = attention_mask if isinstance(attention_mask, Mask) else None
+    if made is not None and made.beyond is not None:
+        return Beyond(made.beyond, not own)
+    if made is None and attention_mask is not None:
+        x: Any = attention_mask
+        if packed or not isinstance(x, torch.Tensor) or not (x.dtype == torch.bool or x.is_floating_point()):
+            text = f"a mask of its own, a {type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}"
             return Beyond(text + " beside cu_seq_lens_q" * packed, not own)
-    if packed and (bias is not None or (isinstance(attention_mask, Mask) and attention_mask.window is None)):
+    if packed and (bias is not None or (made is not None and made.window is None)):
         return Beyond("a bias, or a mask that is no band, beside cu_seq_lens_q", not own)
     return None
