@@ -80,7 +80,12 @@ def inspect(problem: Problem, config: Config) -> Compiled:
 
 def read(cubin: Path) -> Compiled:
     """What a file of one kernel holds."""
-    return parse(_run("--dump-resource-usage", str(cubin)), _run("-sass", str(cubin)))
+    return parse(_run("--dump-resource-usage", str(cubin)), listing(cubin))
+
+
+def listing(cubin: Path) -> str:
+    """The machine code of a file, as text."""
+    return _run("-sass", str(cubin))
 
 
 def parse(resources: str, sass: str, kernel: str = "") -> Compiled:

@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.results import one_line
 from cute_attn.cache import check_trust, close_to_others
 from cute_attn.fill import processes
 
@@ -124,8 +124,7 @@ def compile_one(kernel: Kernel, folder: Path) -> Built:
             os.replace(note, path.with_suffix(".json"))  # last: without it the entry is none
         return Built(str(path), time.monotonic() - began, **found)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Built("", time.monotonic() - began, error=reason[:300])
+        return Built("", time.monotonic() - began, error=one_line(error))
 
 
 def _kept(path: Path) -> Built | None:
@@ -183,7 +182,7 @@ def look_into(kernel: Kernel, code: Path) -> dict[str, Any]:
     if not can_look():
         return {}
     found = cubin.read(code)
-    looped = instructions_in_loops(listing(code))
+    looped = instructions_in_loops(cubin.listing(code))
     return {
         "registers": found.registers,
         "spills": found.spill_stores + found.spill_loads,
@@ -200,18 +199,6 @@ def can_look() -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def listing(code: Path) -> str:
-    """The machine code of a cubin, as text."""
-    from cute_attn import cubin
-
-    tool, disassembler = cubin.tools()
-    path = os.pathsep.join([str(disassembler.parent), os.environ.get("PATH", "")])  # where cuobjdump looks for it
-    run = subprocess.run(
-        [str(tool), "-sass", str(code)], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
-    )
-    return run.stdout
 
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")

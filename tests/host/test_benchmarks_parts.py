@@ -271,7 +271,7 @@ def test_a_variant_leaves_its_stage_out(dsl, tmp_path):
         kernel = kernel_of("whole", how, "d64", "tma_wgmma")
         kernels.compile_kernel(kernel, f"--keep-cubin --dump-dir={folder}")
         found = cubin.read(next(folder.glob("*.cubin")))
-        in_loops = kernels.instructions_in_loops(kernels.listing(next(folder.glob("*.cubin"))))
+        in_loops = kernels.instructions_in_loops(cubin.listing(next(folder.glob("*.cubin"))))
         for name in names:
             if name == "MUFU":  # integer division takes a reciprocal
                 assert not any(word.startswith("MUFU.EX2") for word in in_loops)
