@@ -58,6 +58,12 @@ class Case:
             of = "packed sequences" if self.packed else f"{self.seqlen_q} queries and {self.seqlen_k} keys"
             raise ValueError(f"used is {self.used} of {of}; a number of a rectangle's rows is needed, or 0 for all")
 
+    def shape_of(self, name: str) -> tuple[int, int, int, int]:
+        """``(batch, seqlen, heads, head_dim)`` of ``q``, ``k``, ``v`` or ``out``, or of one's gradient, ``dq``."""
+        of = name.removeprefix("d")
+        rows = (self.seqlen_q, self.heads) if of in ("q", "out") else (self.seqlen_k, self.heads_kv)
+        return self.batch, *rows, self.head_dim if of in ("q", "k") else self.head_dim_v
+
     @property
     def has_gradients(self) -> bool:
         """Whether there are some among what is computed."""

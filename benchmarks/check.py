@@ -52,16 +52,11 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
     """Gaussian tensors from a seed: never zeros, on which the card runs cooler and faster."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def gaussian(seqlen: int, heads: int, dim: int) -> Tensor:
-        shape = (case.batch, seqlen, heads, dim)
-        return torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
+    def gaussian(name: str) -> Tensor:
+        return torch.randn(case.shape_of(name), generator=generator, device=device, dtype=getattr(torch, case.dtype))
 
-    return Inputs(
-        gaussian(case.seqlen_q, case.heads, case.head_dim),
-        gaussian(case.seqlen_k, case.heads_kv, case.head_dim),
-        gaussian(case.seqlen_k, case.heads_kv, case.head_dim_v),
-        gaussian(case.seqlen_q, case.heads, case.head_dim_v) if case.has_gradients else None,
-    )
+    q, k, v = map(gaussian, "qkv")
+    return Inputs(q, k, v, gaussian("dout") if case.has_gradients else None)
 
 
 def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
@@ -193,20 +188,14 @@ class Judge:
         """An output's rows in use, all of which are finite; who was given these alone gives no others."""
         if not isinstance(got, Tensor):
             raise WrongError(f"{name} is a {type(got).__name__}; a tensor is needed")
-        in_use = _shape(self._case, name)
-        needed = in_use if unpadded else _shape(self._whole, name)
+        in_use = self._case.shape_of(name)
+        needed = in_use if unpadded else self._whole.shape_of(name)
         if tuple(got.shape) != needed:
             raise WrongError(f"{name} has shape {tuple(got.shape)}; {needed} is needed")
         got = got.detach()[:, : in_use[1]]
         if unfit := got.numel() - int(torch.isfinite(got).sum()):
             raise WrongError(f"{name} has {unfit} values that are not finite, of {got.numel()}")
         return got
-
-
-def _shape(case: Case, name: str) -> tuple[int, ...]:
-    queries, keys = (case.batch, case.seqlen_q, case.heads), (case.batch, case.seqlen_k, case.heads_kv)
-    dim = case.head_dim if name in ("dq", "dk") else case.head_dim_v
-    return (*(queries if name in ("out", "dq") else keys), dim)
 
 
 def _largest(x: Tensor) -> float:

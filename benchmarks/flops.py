@@ -14,6 +14,7 @@ dO and the log-sum-exp (float32, one per query and head) and writes dQ, dK, dV.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -52,10 +53,7 @@ def flops(case: Case) -> float:
 def bytes_moved(case: Case) -> int:
     """The fewest bytes that one call moves through device memory."""
     case, size = case.in_use, DTYPE_BYTES[case.dtype]
-    q = case.batch * case.seqlen_q * case.heads * case.head_dim * size
-    o = case.batch * case.seqlen_q * case.heads * case.head_dim_v * size
-    k = case.batch * case.seqlen_k * case.heads_kv * case.head_dim * size
-    v = case.batch * case.seqlen_k * case.heads_kv * case.head_dim_v * size
+    q, k, v, o = (math.prod(case.shape_of(name)) * size for name in ("q", "k", "v", "out"))
     lse = case.batch * case.heads * case.seqlen_q * 4
     forward = q + k + v + o
     backward = (q + k + v + o + o + lse) + (q + k + v)

@@ -129,12 +129,7 @@ def check_ours(case: Case, on_gpu: bool) -> None:
 
     from cute_attn.problem import check_call, check_tensors_for_gpu
 
-    def tensor(heads: int, seqlen: int, dim: int) -> torch.Tensor:
-        return torch.empty((0, seqlen, heads, dim), dtype=getattr(torch, case.dtype))
-
-    q = tensor(case.heads, case.seqlen_q, case.head_dim)
-    k = tensor(case.heads_kv, case.seqlen_k, case.head_dim)
-    v = tensor(case.heads_kv, case.seqlen_k, case.head_dim_v)
+    q, k, v = (torch.empty((0, *case.shape_of(name)[1:]), dtype=getattr(torch, case.dtype)) for name in "qkv")
     if case.packed:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     call = check_call(q, k, v, scale=None, **_rules(case), packed=bool(case.packed))

@@ -355,12 +355,10 @@ class Step:
         """Leave NaN in freed memory of the outputs' sizes, and of a float32 dQ that is added up, which the allocator hands
         out next: what a peer doesn't write then shows up as not finite."""
         case, dtype = self._case, getattr(torch, self._case.dtype)
-        queries, keys = (case.batch, case.seqlen_q, case.heads), (case.batch, case.seqlen_k, case.heads_kv)
-        shapes = [((*queries, case.head_dim_v), dtype)]
+        outputs = [("out", dtype)]
         if case.has_gradients:
-            gradients = ((*queries, case.head_dim), (*keys, case.head_dim), (*keys, case.head_dim_v))
-            shapes += [*((shape, dtype) for shape in gradients), (gradients[0], torch.float32)]
-        poisoned = [torch.full(shape, math.nan, dtype=kind, device=self._device) for shape, kind in shapes]
+            outputs += [*((name, dtype) for name in ("dq", "dk", "dv")), ("dq", torch.float32)]
+        poisoned = [torch.full(case.shape_of(name), math.nan, dtype=kind, device=self._device) for name, kind in outputs]
         del poisoned  # all at once, so that no two of them were the same memory
 
 

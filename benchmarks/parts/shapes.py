@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,4 +99,4 @@ def work(case: Case, config: Config) -> dict[str, float]:
 
 
 def output_bytes(case: Case) -> int:
-    return case.batch * case.seqlen_q * case.heads * case.head_dim_v * DTYPE_BYTES[case.dtype]
+    return math.prod(case.shape_of("out")) * DTYPE_BYTES[case.dtype]

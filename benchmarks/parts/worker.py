@@ -7,6 +7,7 @@ a burst is shorter than the period at which the driver's own readings change.
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -170,14 +171,10 @@ class Device:
 
     def inputs(self, case: Case) -> tuple[Any, Any, Any]:
         """q, k, v of a case, side by side in the random elements."""
-        found, first = [], 0
-        q, kv = (case.seqlen_q, case.heads), (case.seqlen_k, case.heads_kv)
-        for seqlen, heads in (q, kv, kv):
-            shape = (case.batch, seqlen, heads, case.head_dim)
-            size = case.batch * seqlen * heads * case.head_dim
-            found.append(self._scratch[first : first + size].view(shape))
-            first += size
-        return found[0], found[1], found[2]
+        shapes = [case.shape_of(name) for name in "qkv"]
+        sizes = [math.prod(shape) for shape in shapes]
+        q, k, v = self._scratch[: sum(sizes)].split(sizes)
+        return q.view(shapes[0]), k.view(shapes[1]), v.view(shapes[2])
 
     def like(self, x: Any) -> Any:
         return self._torch.empty_like(x)
