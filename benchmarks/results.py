@@ -332,6 +332,14 @@ def read_json(path: Path, needed: str) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
 
 
+class DeviceLostError(RuntimeError):
+    """What ``peer`` did has left the device unusable for this process, which has to go."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(reason)
+        self.peer = peer
+
+
 def one_line(error: BaseException) -> str:
     """An exception in one line of at most 300 characters."""
     text = " ".join(str(error).split())

@@ -20,7 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.check import Inputs, Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved, flops
 from benchmarks.peers import Peer, UnsupportedError
-from benchmarks.results import Cell, Measurement, one_line
+from benchmarks.results import Cell, DeviceLostError, Measurement, one_line
 from benchmarks.settings import Settings
 from benchmarks.timing import Call, Clock, Turn, burst, estimate, host_side, scatter, summary, sustained
 
@@ -88,14 +88,6 @@ class Bench:
         torch.cuda.empty_cache()
         pages = random.Random(first_round).randrange(SHIFT_BYTES // SHIFT_STEP) if first_round else 0
         return torch.empty(pages * SHIFT_STEP, device="cuda", dtype=torch.uint8)
-
-
-class DeviceLostError(RuntimeError):
-    """A peer's fault left the device unusable for this process; ``peer`` did it."""
-
-    def __init__(self, peer: str, reason: str) -> None:
-        super().__init__(reason)
-        self.peer = peer
 
 
 @dataclass

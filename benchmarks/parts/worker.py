@@ -21,7 +21,7 @@ from benchmarks.parts import kernels
 from benchmarks.parts.catalogue import HOST, Probe
 from benchmarks.parts.limits import Limits, assess
 from benchmarks.parts.results import Figure
-from benchmarks.results import one_line
+from benchmarks.results import DeviceLostError, one_line
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor
 from benchmarks.timing import burst, estimate, host_side, summary
@@ -43,14 +43,6 @@ class Entrant:
     per_call: float = 0.0
     turns: list[Any] = field(default_factory=list)
     clocks: list[float] = field(default_factory=list)
-
-
-class DeviceLostError(RuntimeError):
-    """A probe has left the device unusable: the process has to go."""
-
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(reason)
-        self.key = key
 
 
 class Bench:
@@ -260,7 +252,7 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
         try:
             found = bench.figures(job)
         except DeviceLostError as error:
-            connection.send(("lost", error.key, str(error)))
+            connection.send(("lost", error.peer, str(error)))
             return
         connection.send(("figures", found))
     connection.send(("state", opened.state()))

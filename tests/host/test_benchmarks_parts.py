@@ -394,7 +394,7 @@ def test_a_dead_device_ends_the_process(measured):
 
     with pytest.raises(DeviceLostError, match="illegal address; the device is lost") as caught:
         measured(job, prepare, clock=Dead())
-    assert caught.value.key == job[0].key
+    assert caught.value.peer == job[0].key
 
 
 def test_launches_are_held_against_the_lesser_one(measured):
