@@ -298,11 +298,10 @@ HEADINGS = ("step", "µs", "to read alone", "TB/s", "of R", "of its base", "need
 def shown(cell: dict[str, Any], rate: float) -> list[str]:
     """What was measured of a row, under :data:`HEADINGS`."""
     needs = f"≤ {cell['most_us']:g} µs" if cell["most_us"] else f"{cell['needs']:.2f}" if cell["needs"] else ""
-    alone = cell.get("read_seconds")
     return [
         cell["name"],
         f"{cell['seconds'] * 1e6:.1f}",
-        "" if alone is None else f"{alone * 1e6:.1f}",
+        f"{cell['read_seconds'] * 1e6:.1f}",
         f"{cell['of_read_rate'] * rate / 1e12:.2f}",
         f"{cell['of_read_rate']:.3f}",
         "" if cell["of_base"] is None else f"{cell['of_base']:.3f}",
@@ -311,10 +310,10 @@ def shown(cell: dict[str, Any], rate: float) -> list[str]:
     ]
 
 
-def last_line(rate: float, host: float, launched: list[int] | None = None) -> str:
+def last_line(rate: float, host: float, launched: list[int]) -> str:
     """``launched`` is of a call without and with new keys."""
     text = f"R, a plain streaming read: {rate / 1e12:.2f} TB/s; the host's part of an eager call: {host * 1e6:.1f} µs"
-    return text if launched is None else f"{text}; launches a call: {launched[0]}, with new keys {launched[1]}"
+    return f"{text}; launches a call: {launched[0]}, with new keys {launched[1]}"
 
 
 def show(cells: list[dict[str, Any]], rate: float, host: float, launched: list[int], console: Console) -> None:
@@ -329,5 +328,5 @@ def figures(found: dict[str, Any]) -> str:
     """The same of a file, for a document."""
     rate = found["read_bytes_per_second"]
     table = markdown.table(HEADINGS, [shown(cell, rate) for cell in found["rows"]])
-    last = last_line(rate, found["host_seconds"], found.get("launches"))
+    last = last_line(rate, found["host_seconds"], found["launches"])
     return f"{markdown.ran_on(found['about'])}\n{table}\n{last}\n"
