@@ -260,13 +260,13 @@ class Job:
 
 
 BLOCK_MASK = Job("block_mask")
+NAMES = ", ".join([row.name for row in ROWS] + [BLOCK_MASK.name])
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("masks", help=ABOUT, description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    names = [row.name for row in ROWS] + [BLOCK_MASK.name]
-    parser.add_argument("--only", nargs="+", metavar="WORD", help=f"rows with one of these words: {', '.join(names)}")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help=f"rows with one of these words: {NAMES}")
     parser.add_argument("--seqlen", type=arguments.length, nargs="+", help="of rows with several (4k 16k)")
     parser.add_argument("--head-dim", type=command.positive, nargs="+", default=[64, 128], help="(64 128)")
     parser.add_argument("--direction", choices=(FORWARD, BACKWARD), nargs="+", default=[FORWARD, BACKWARD], help="both")
@@ -334,8 +334,7 @@ def _jobs(options: argparse.Namespace, device: str) -> list[Job]:
     jobs = [Job(row.name, *size) for row in ROWS if asked(row.name) for size in sizes(row)]
     jobs += [BLOCK_MASK] if asked(BLOCK_MASK.name) else []
     if not jobs:
-        names = ", ".join([row.name for row in ROWS] + [BLOCK_MASK.name])
-        raise ValueError(f"no row has a word of {' '.join(options.only)}; known: {names}")
+        raise ValueError(f"no row has a word of {' '.join(options.only)}; known: {NAMES}")
     return jobs
 
 
@@ -347,10 +346,7 @@ def _results(jobs: list[Job], device: str, options: argparse.Namespace, console:
     ahead.switch_caches_on()
     work = [(job.name, job) for job in jobs if job != BLOCK_MASK]
     if options.compile_jobs > 1 and len(work) > 1:
-
-        def note(line: str) -> None:
-            console.print(line, highlight=False)
-
+        note = partial(console.print, highlight=False)
         ahead.compile_ahead(work, options.compile_jobs, options.direction, options.limit, note, first_calls)
     for job, found in supervise.apart(result, jobs, options.limit, device, options.direction, options.rounds):
         if isinstance(found, supervise.WorkerError):
@@ -435,8 +431,7 @@ def block_mask_times(device: str, clock: timing.Clock, rounds: int) -> list[dict
         blocks = make()
 
         def lists(blocks=blocks):
-            blocks.to(device).key_lists(128, 128, 1, 1)
-            blocks._kept.clear()
+            return blocks.to(device).key_lists(128, 128, 1, 1)  # a block mask of its own, which has kept none
 
         one = {"seqlen": seqlen, "goal": goal, "seconds": _median(clock, make, rounds), "bytes": blocks.kinds.nbytes}
         if device == "cuda":

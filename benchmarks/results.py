@@ -168,9 +168,6 @@ class Cell:
             ceiling = _joined(self.ceiling, later.ceiling)
         return Cell(self.kind, self.case, results, ceiling, copy_rate, self.note or later.note)
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     @staticmethod
     def from_dict(fields: dict) -> Cell:
         ceiling = fields.get("ceiling")
@@ -257,7 +254,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         fields = {"schema": SCHEMA, "complete": self.complete, "about": self.about}
-        write_json(path, fields | {"cells": [cell.to_dict() for cell in self.cells]})
+        write_json(path, fields | {"cells": [asdict(cell) for cell in self.cells]})
 
     @staticmethod
     def load(path: Path) -> Record:
