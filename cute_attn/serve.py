@@ -101,15 +101,15 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     where, new = stored.where, None
     if k_new is not None:
         new = k_new, v_new, *(stored.rotary or (None, None)), stored.rotary_begin if stored.rotary else None
-    device, packed = q.get_device(), stored.packed
+    device = q.get_device()
     nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
-    if nothing or _goes_to_many(call, mechanism, (k_cache, v_cache), packed, device):
+    if nothing or _goes_to_many(call, stored, mechanism, (k_cache, v_cache), device):
         if new is not None and k_cache.numel() and v_cache.numel():
             how = _appending(call, stored, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
             with torch.cuda.device(device):
                 q = _append(*how)
         if nothing:
-            of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
+            of_rows = (call.heads, q.shape[0]) if stored.packed else (call.batch, call.heads, call.seqlen_q)
             lse = q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
             return q.new_zeros((*q.shape[:-1], call.head_dim_v)), lse, None
         return *_many(call, stored, mechanism, return_lse, q, k_cache, v_cache), None
@@ -161,14 +161,12 @@ def _units(call: Call, stored: Stored, rows: int, group: int, tile_n: int) -> tu
 # ---- many queries ----------------------------------------------------------------------------------------------------
 
 
-def _goes_to_many(call: Call, mechanism: str | None, caches: tuple, packed: bool, device: int) -> bool:
+def _goes_to_many(call: Call, stored: Stored, mechanism: str | None, caches: tuple, device: int) -> bool:
     """Whether the kernels for many queries compute: where the host knows that each sequence has many."""
-    if mechanism is not None or packed or call.seqlen_q < MANY_QUERIES:
+    if mechanism is not None or stored.packed or call.seqlen_q < MANY_QUERIES:
         return mechanism not in (None, "cp_async")
     if next(iter(for_target(device_target(device)).MECHANISMS)) == "cp_async":
         return False
-    stored = call.stored
-    assert stored is not None
     gathers = not stored.page_table is stored.cache_batch_idx is None
     gathers = gathers or any(x.stride(0) != x.shape[1] * x.stride(1) for x in caches)
     row = caches[0].element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)

@@ -218,7 +218,7 @@ def test_what_an_invariant_step_is_planned_by(invariant, monkeypatch):
         monkeypatch.setattr(serve, "GATHERED_MAX", most)
         for where in (case.paged(16), case.contiguous(300), heads_first(case.contiguous(300))):
             call = call_of(where, {"q": torch.stack(case.q)}, invariant)
-            many.append(serve._goes_to_many(call, None, (where["k_cache"], where["v_cache"]), False, 0))
+            many.append(serve._goes_to_many(call, call.stored, None, (where["k_cache"], where["v_cache"]), 0))
     assert many == [True, True, True, invariant, True, invariant]
 
 
