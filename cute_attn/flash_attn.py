@@ -135,7 +135,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
 ) -> Any:  # fmt: skip
     """:func:`flash_attn_func` with k and v in one tensor, ``(batch, seqlen_k, 2, nheads_k, headdim)``; neither is copied."""
-    k, v = _unpacked("kv", kv, 2, 5)
+    k, v = _unpacked("kv", kv, 5)
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     return flash_attn_func(q, k, v, *rules, return_lse=return_lse, **others)
 
@@ -147,7 +147,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
 ) -> Any:  # fmt: skip
     """:func:`flash_attn_func` with q, k and v in one tensor, ``(batch, seqlen, 3, nheads, headdim)``; none is copied."""
-    q, k, v = _unpacked("qkv", qkv, 3, 5)
+    q, k, v = _unpacked("qkv", qkv, 5)
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     return flash_attn_func(q, k, v, *rules, return_lse=return_lse, **others)
 
@@ -228,7 +228,7 @@ def flash_attn_varlen_kvpacked_func(
     *, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False, **others: Any,
 ) -> Any:  # fmt: skip
     """:func:`flash_attn_varlen_func` with k and v in one tensor, ``(total_k, 2, nheads_k, headdim)``; neither is copied."""
-    k, v = _unpacked("kv", kv, 2, 4)
+    k, v = _unpacked("kv", kv, 4)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     others |= {"seqused_q": seqused_q, "seqused_k": seqused_k, "return_lse": return_lse}
@@ -243,7 +243,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
 ) -> Any:  # fmt: skip
     """:func:`flash_attn_varlen_func` with q, k and v in one tensor, ``(total, 3, nheads, headdim)``; none is copied."""
-    q, k, v = _unpacked("qkv", qkv, 3, 4)
+    q, k, v = _unpacked("qkv", qkv, 4)
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     try:
@@ -433,14 +433,14 @@ def _padded(x: Tensor) -> Tensor:
     return _in_rows(x)
 
 
-def _unpacked(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
-    """The parts of a packed tensor, views of it."""
+def _unpacked(name: str, packed: Tensor, dims: int) -> tuple[Tensor, ...]:
+    """The parts of a packed tensor, views of it: one for each letter of its name."""
     names = {"qkv": "q, k and v", "kv": "k and v"}[name]
     rows = "batch, seqlen" if dims == 5 else "rows of all sequences"
     check_tensor(name, packed, f"a torch.Tensor is needed: try torch.stack of {names}, dim=-3")
-    if packed.dim() != dims or packed.shape[-3] != parts:
+    if packed.dim() != dims or packed.shape[-3] != len(name):
         raise ValueError(
-            f"{name} has shape {tuple(packed.shape)}; ({rows}, {parts}, heads, head_dim) is needed: try torch.stack of "
+            f"{name} has shape {tuple(packed.shape)}; ({rows}, {len(name)}, heads, head_dim) is needed: try torch.stack of "
             f"{names}, dim=-3"
         )
     if packed.requires_grad and torch.is_grad_enabled() and not (is_compiling() or transforms_active() or dispatch_modes()):
@@ -471,7 +471,7 @@ def _check_others(others: dict[str, Any]) -> None:
                 flag(name, value)
         elif name in _NEWER:
             none = 0 if name in _NUMBERS else None
-            if value is not None if none is None else number(name, value, "0 for none") != 0.0:
+            if not (value is None if none is None else number(name, value, "0 for none") == 0.0):
                 raise NotImplementedError(
                     f"{name} is {shown(value)}; {none} is needed, since it isn't there yet: try {_NEWER[name]}"
                 )
