@@ -27,6 +27,8 @@ import torch.distributed as dist
 from benchmarks import markdown
 from benchmarks.arguments import length
 from benchmarks.card import date
+from benchmarks.cases import Case
+from benchmarks.flops import flops
 from cute_attn import attention, distributed, launch
 from cute_attn.command import output_file
 from cute_attn.distributed import costs
@@ -38,11 +40,6 @@ REPEATS = 20  # of what takes less than a millisecond
 SCHEMA = "context parallel 1"
 PEER = "torch's context_parallel, seconds"
 FAILURES = (ImportError, AttributeError, NotImplementedError, RuntimeError, AssertionError, TypeError, ValueError)  # a peer's
-
-
-def flops(seqlen: int, causal: bool, backward: bool) -> float:
-    """Of a whole sequence: two products forward, five more backward; causal counts half."""
-    return 4.0 * seqlen * seqlen * HEADS * HEAD_DIM * (0.5 if causal else 1.0) * (3.5 if backward else 1.0)
 
 
 def inputs(rows: int, heads_kv: int = HEADS_KV) -> list[torch.Tensor]:
@@ -156,7 +153,8 @@ def measure(seqlen: int, causal: bool, backward: bool) -> dict[str, Any]:
             lambda q, k, v, method=method: distributed.attention(q, k, v, causal=causal, method=method), shards, backward
         )
     found = in_turns(runs)
-    work = flops(seqlen, causal, backward)
+    sizes = 1, seqlen, seqlen, HEADS, HEADS_KV, HEAD_DIM, HEAD_DIM
+    work = flops(Case(*sizes, causal=causal, direction="both" if backward else "forward"))
     rates = {name: work / (1 if name == "one card" else ranks) / took / 1e12 for name, took in found.items()}
     results = shards[0].nbytes + (sum(x.nbytes for x in shards[:3]) if backward else 0)
     beyond = {method: memory(runs[method], results) / (shards[1].nbytes * 2) for method in ("ring", "ulysses")}
