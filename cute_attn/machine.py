@@ -92,11 +92,11 @@ def backend() -> tuple[str, str]:
         return "reference", f"this torch ({torch.__version__}) was built without CUDA"
     if not torch.cuda.is_available():
         return "reference", "torch finds no CUDA GPU: is there one, and a driver for it?"
-    if missing():
-        why = f"{', '.join(missing())} not installed: try pip install 'cute-attn[cu13]' (Linux only)"
+    if absent := missing():
+        why = f"{', '.join(absent)} not installed: try pip install 'cute-attn[cu13]' (Linux only)"
         return "reference", f"{why}; for CUDA tensors, ask for it with backend='reference'"
-    usable = [device for device in devices() if device.target]
-    if not usable:
-        return "reference", f"{devices()[0].why_not}; for CUDA tensors, ask for it with backend='reference'"
-    best = usable[0]
+    found = devices()
+    best = next((device for device in found if device.target), None)
+    if best is None:
+        return "reference", f"{found[0].why_not}; for CUDA tensors, ask for it with backend='reference'"
     return "cute", f"{best.name} runs {best.mechanisms[0]} ({best.target}, {best.module})"
