@@ -71,7 +71,8 @@ class Lengths:
                         f"{name} falls from {before} to {after} after element {i}; ascending bounds are needed: try "
                         f"torch.cumsum of the lengths, with a 0 before it"
                     )
-            if values[0] != 0 or values[-1] > rows:
+            narrowed = self.tensors[2 + side] is not None  # the first sequence of such a nested tensor begins anywhere
+            if values[0] < 0 or (values[0] and not narrowed) or values[-1] > rows:
                 raise ValueError(
                     f"{name} goes from {values[0]} to {values[-1]}; from 0 to at most {rows}, the rows there are, is needed: "
                     f"try torch.cumsum of the lengths, with a 0 before it"

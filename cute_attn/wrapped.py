@@ -190,12 +190,33 @@ def nested(varlen: Callable, q, k, v, rules: dict, others: dict):
     cu_seqlens = [x.offsets().int() for x in (q, k)]
     seqused = [None if x.lengths() is None else x.lengths().int() for x in (q, k)]
     lengths = dict(zip(NAMES, (*cu_seqlens, *seqused), strict=True))
-    results = varlen(q.values(), k.values(), v.values(), **lengths, **rules, **others)
+    before_q, before_k = map(_before, (q, k))
+    values = _with_gradients(q, before_q), _with_gradients(k, before_k), _with_gradients(v, before_k)
+    results = varlen(*values, **lengths, **rules, **others)
 
     def like_q(values, dim):
+        if before_q is not None:
+            values = values.masked_fill(before_q, 0.0) if dim == 1 else values.masked_fill(before_q[:, 0, 0], -torch.inf)
         return torch.nested.nested_tensor_from_jagged(values, q.offsets(), q.lengths(), jagged_dim=dim)
 
     return (like_q(results[0], 1), like_q(results[1], 2)) if isinstance(results, tuple) else like_q(results, 1)
+
+
+def _before(x) -> torch.Tensor | None:
+    """Which rows of a jagged tensor's values come before its first sequence, ``(rows, 1, 1)``: those are no sequence's, and
+    kernels write nothing there. None where there are none: they are what ``torch.nested.narrow`` has left out."""
+    if x.lengths() is None:
+        return None
+    values = x.values()
+    return (torch.arange(values.shape[0], device=values.device) < x.offsets()[0])[:, None, None]
+
+
+def _with_gradients(x, before: torch.Tensor | None) -> torch.Tensor:
+    """A jagged tensor's values, whose gradient is zeros in the rows ``before``."""
+    values = x.values()
+    if before is None or not (values.requires_grad and torch.is_grad_enabled()):
+        return values
+    return values.masked_fill(before, 0.0)
 
 
 # ---- what the operators get -------------------------------------------------------------------------------------------

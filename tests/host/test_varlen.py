@@ -356,6 +356,36 @@ def test_nested_of_a_list():
         assert torch.equal(got, one + attention(*[one[None]] * 3, window=(9, 0))[0])
 
 
+@pytest.mark.parametrize("checked", [False, True])
+def test_narrowed_behind_the_first_rows(checked, monkeypatch):
+    """torch.nested.narrow may leave out rows before the first sequence, of which a backend writes nothing: whatever memory has
+    there, results are zeros, and so are gradients."""
+    x = torch.randn(2, 10, 2, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    begins, used = torch.tensor([3, 1]), torch.tensor([4, 9])
+    first, y = int(begins[0]), x.detach().requires_grad_()
+    parts = [y[i : i + 1, begin : begin + n] for i, (begin, n) in enumerate(zip(begins, used, strict=True))]
+    wanted = [attention(part, part, part, causal=True)[0] for part in parts]
+
+    def unwritten(function):
+        def write_behind_the_first(*arguments):
+            results = function(*arguments)
+            for y in (results[0], *(y for y in results[1:] if y is not None)):
+                y[(slice(None),) * (y.dim() == 2) + (slice(first),)] = math.nan
+            return results
+
+        return write_behind_the_first
+
+    monkeypatch.setattr(reference, "PASSES", tuple(map(unwritten, reference.PASSES)))
+    if checked:
+        monkeypatch.setenv(lengths.CHECK, "1")
+    narrowed = torch.nested.narrow(x, 1, begins, used, layout=torch.jagged)
+    out, lse = attention(narrowed, narrowed, narrowed, causal=True, return_lse=True)
+    assert (out.values()[:first] == 0).all() and (lse.values()[:, :first] == -torch.inf).all()
+    gradient = torch.autograd.grad(sum(y.square().sum() for y in out.unbind()), x)[0]
+    assert all(map(torch.equal, out.unbind(), wanted))
+    torch.testing.assert_close(gradient, torch.autograd.grad(sum(part.square().sum() for part in wanted), y)[0])
+
+
 def test_nested_tensors_share_a_graph():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
