@@ -20,12 +20,16 @@ from cute_attn.distributed.shards import Places, length_of, places_of
 from cute_attn.distributed.ulysses import copies, to_heads, to_rows
 from cute_attn.lengths import Lengths, check_lengths
 from cute_attn.plan import mechanism_name
-from cute_attn.private import any_autocast_enabled, dual_level, version_of
+from cute_attn.private import any_autocast_enabled, assert_on_device, dual_level, version_of
 from cute_attn.problem import Call, check_call, check_sinks, edges_of
 from cute_attn.rules import score_scales
 
 METHODS = ("auto", "ring", "ulysses")
-_packed_of = WeakTensorKeyDictionary()  # of cu_seqlens: (version, rows, Packed)
+_packed_of = WeakTensorKeyDictionary()  # of cu_seqlens: (version, rows, its values then if on a GPU, Packed)
+UNCOUNTED = (  # a GPU takes fewer than 255 characters
+    "cute_attn: cu_seqlens has other values than when it was read, and torch has counted no change, as of what collectives or "
+    "numpy write: pass cu_seqlens.clone(), or a new tensor for other sequences"
+)
 
 
 @disable(reason="attention over several ranks talks to them in the order of Python's calls: a graph would break here anyway")
@@ -55,7 +59,9 @@ def attention(
         seqlen: of the whole sequence, without padding; ``None`` is all ranks' rows.
         seqlen_k: the same of the keys; ``None`` is q's where there are as many rows, else all ranks' rows.
         cu_seqlens: of packed sequences, int32 ``(batch + 1,)`` on q's device, as :func:`cute_attn.attention_varlen` takes them:
-            bounds in all rows, the same on all ranks. They are read back, once for a tensor that isn't changed.
+            bounds in all rows, the same on all ranks. They are read back, once for a tensor that isn't changed. torch counts no
+            change of what a collective receives: on a GPU pass a new tensor, or its clone, for other sequences; an assertion
+            there says so.
         sinks: floats ``(heads,)``, the same on all ranks. A rank's gradient is its rows' (or heads') part, and the sum over the
             ranks the whole one, as of any parameter.
 
@@ -242,10 +248,15 @@ def _packed(q: torch.Tensor, cu_seqlens, length_q: int, length_k: int) -> Packed
             f"needed: pack keys as queries are packed"
         )
     was = version_of(cu_seqlens), length_q
-    *known, packed = _packed_of.get(cu_seqlens, (None, None, None))
-    if tuple(known) != was or was[0] is None:
-        packed = Packed(tuple(min(max(bound, 0), length_q) for bound in cu_seqlens.tolist()))
-        _packed_of[cu_seqlens] = *was, packed
+    *known, read, packed = _packed_of.get(cu_seqlens, (None, None, None, None))
+    if cu_seqlens.is_cuda and tuple(known) == was and was[0] is not None:
+        assert_on_device((cu_seqlens == read).all(), UNCOUNTED)
+        return packed
+    read = cu_seqlens.clone() if cu_seqlens.is_cuda else None  # on a CPU to read costs nothing, and is done each time
+    bounds = tuple(min(max(bound, 0), length_q) for bound in cu_seqlens.tolist())
+    if packed is None or packed.bounds != bounds:
+        packed = Packed(bounds)
+    _packed_of[cu_seqlens] = *was, read, packed
     return packed
 
 

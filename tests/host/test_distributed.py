@@ -388,6 +388,25 @@ def test_bounds_are_read_back_once_for_each_content():
         assert calls._packed(q, bounds, 9, 9).bounds == (0, 6, 9)
 
 
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_bounds_that_are_changed_without_torch_s_counting(is_cuda):
+    """As what a collective receives. A CPU's are read each time; a GPU's are compared with those that were read."""
+
+    class Bounds(torch.Tensor):
+        pass
+
+    Bounds.is_cuda = is_cuda
+    q, bounds = torch.empty(9, 1, 8), torch.tensor([0, 4, 9], dtype=torch.int32).as_subclass(Bounds)
+    assert calls._packed(q, bounds, 9, 9) is calls._packed(q, bounds, 9, 9)
+    bounds.numpy()[1] = 5
+    if not is_cuda:
+        assert calls._packed(q, bounds, 9, 9).bounds == (0, 5, 9)
+        return
+    assert len(calls.UNCOUNTED) < 255  # else CUDA's check refuses the words, whether it holds or not
+    with pytest.raises(RuntimeError, match="cu_seqlens has other values than when it was read"):
+        calls._packed(q, bounds, 9, 9)
+
+
 def test_a_mesh_of_two_dimensions_uses_both_methods(ranks):
     tensors, rules = inputs(75, heads=(4, 1)), {"causal": True, "window": (30, None)}
     found = ranks.results(4, both_passes, tensors, {"mesh": (2, 2), **rules})[0]
