@@ -24,7 +24,7 @@ Memory is taken by blocks and tiles, never by pairs of a query and a key.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import wraps
 from itertools import groupby, product
 from typing import Any, NoReturn
@@ -58,28 +58,34 @@ _COLOURS = {CUT: "#9ecae1", WHOLE: "#08519c"}
 
 
 def _made_once(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """What a method of :class:`BlockMask` returns, made once, and expanded to a batch and heads, two more arguments. Another
-    stream than the one that made it waits for it. What a CUDA graph records is the graph's: it is not kept."""
+    """What a method of :class:`BlockMask` returns, :func:`_once`, and expanded to a batch and heads, two more arguments."""
 
     @wraps(make)
     def kept(self: BlockMask, *arguments: int) -> torch.Tensor:
         *of, batch, heads = arguments
-        on_gpu = self.kinds.is_cuda
-        stream = raw_stream(self.kinds.get_device()) if on_gpu else 0
-        found, made_on, event = self._kept.get((make, *of), (None, stream, None))
-        if found is None:
-            found = make(self, *of)
-            if not (on_gpu and torch.cuda.is_current_stream_capturing()):
-                event = torch.cuda.current_stream(self.kinds.device).record_event() if on_gpu else None
-                self._kept[make, *of] = found, stream, event
-        elif made_on != stream and not torch.cuda.is_current_stream_capturing():
-            here = torch.cuda.current_stream(self.kinds.device)
-            here.wait_event(event)
-            for x in (found, self.kinds):  # kernels read both
-                x.record_stream(here)
+        found = _once(self._kept, (make, *of), self.kinds, lambda: make(self, *of), lambda found: (found, self.kinds))
         return found.expand(batch, heads, -1, -1)
 
     return kept
+
+
+def _once(kept: MutableMapping, key: Any, like: torch.Tensor, make: Callable[[], Any], read: Callable[[Any], tuple]) -> Any:
+    """What ``make`` returns, made once on the device of ``like`` and ``kept``. Another stream than the one that made it waits
+    for it; ``read(found)`` are the tensors that kernels read then. What a CUDA graph records is the graph's: it is not kept."""
+    on_gpu = like.is_cuda
+    stream = raw_stream(like.get_device()) if on_gpu else 0
+    found, made_on, event = kept.get(key, (None, stream, None))
+    if found is None:
+        found = make()
+        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+            event = torch.cuda.current_stream(like.device).record_event() if on_gpu else None
+            kept[key] = found, stream, event
+    elif made_on != stream and not torch.cuda.is_current_stream_capturing():
+        here = torch.cuda.current_stream(like.device)
+        here.wait_event(event)
+        for x in read(found):
+            x.record_stream(here)
+    return found
 
 
 class BlockMask:
@@ -333,9 +339,7 @@ def _from_flex_attention(given: Any) -> tuple[BlockMask, Callable]:
         raise TypeError(f"block_mask is {shown(given)}; a BlockMask is needed: try cute_attn.block_mask(mask, …)")
     if torch.compiler.is_compiling() or dispatch_modes():  # what is made here is the graph's
         return _converted(given)
-    if given not in _CONVERTED:
-        _CONVERTED[given] = _converted(given)
-    return _CONVERTED[given]
+    return _once(_CONVERTED, given, given.kv_num_blocks, lambda: _converted(given), lambda found: (found[0].kinds,))
 
 
 def _converted(given: Any) -> tuple[BlockMask, Callable]:
@@ -360,8 +364,12 @@ def _converted(given: Any) -> tuple[BlockMask, Callable]:
     blocks = BlockMask(kinds, seqlen_q, seqlen_k)
     if getattr(given.mask_mod, "__name__", "") != "noop_mask":
         return blocks, given.mask_mod
-    seen, several, per_head = kinds != NONE, int(blocks.batch > 1), int(blocks.heads > 1)  # it was made of blocks alone
-    return blocks, lambda batch, head, q_idx, kv_idx: seen[batch * several, head * per_head, q_idx // BLOCK, kv_idx // BLOCK]
+    several, per_head = int(blocks.batch > 1), int(blocks.heads > 1)  # it was made of blocks alone
+
+    def seen(batch, head, q_idx, kv_idx):
+        return kinds[batch * several, head * per_head, q_idx // BLOCK, kv_idx // BLOCK] != NONE
+
+    return blocks, seen
 
 
 def _refuse(got: str, needed: str, instead: str) -> NoReturn:

@@ -357,6 +357,39 @@ def test_flex_attentions_block_mask_without_a_function():
     torch.testing.assert_close(got, want)
 
 
+def test_flex_attentions_block_masks_on_streams_and_in_graphs(monkeypatch):
+    """What is made of one is kept, and another stream waits for it; but not what a CUDA graph records, which has no values
+    before its first replay."""
+    from cute_attn import blocks
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+        record_stream = lambda self, stream: stream.reads.append(self)  # noqa: E731
+
+    class Stream:
+        def __init__(self, number):
+            self.number, self.reads, self.waits_for = number, [], []
+            self.wait_event = self.waits_for.append
+            self.record_event = lambda: f"event of {number}"
+
+    streams, capturing = [Stream(1), Stream(2)], [True]
+    monkeypatch.setattr(blocks, "raw_stream", lambda _: streams[0].number)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    flex = create_block_mask(masks.causal, None, None, 100, 100, device="cpu")
+    flex.kv_num_blocks = flex.kv_num_blocks.as_subclass(OnGpu)
+    recorded = blocks._from_flex_attention(flex)[0]
+    capturing[0] = False
+    made = blocks._from_flex_attention(flex)[0]
+    assert made is not recorded
+    assert blocks._from_flex_attention(flex)[0] is made
+    assert not streams[0].waits_for
+    streams.reverse()
+    assert blocks._from_flex_attention(flex)[0] is made
+    assert streams[0].waits_for == ["event of 1"]
+    assert [x is made.kinds for x in streams[0].reads] == [True]
+
+
 def test_a_slice_of_flex_attentions_block_mask_is_refused():
     """It says that it is of all queries, and has blocks of some."""
     q, k, v = make_qkv(1, 300, 300, 2, 2, 16, 16)
