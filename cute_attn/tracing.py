@@ -101,7 +101,10 @@ class Graph:
         if had == kind:
             return node
         if op == "constant":
-            return self.constant({"bool": bool, "int": int, "float": float}[kind](number_of(had, operands[0])))
+            value = number_of(had, operands[0])
+            if kind == "int" and not math.isfinite(value):
+                refuse(f"a conversion of {value} to an integer", "a finite number is needed", "torch.where around it")
+            return self.constant({"bool": bool, "int": int, "float": float}[kind](value))
         return self.make("cast", kind, node)
 
     def alike(self, *nodes: int, at_least: str = "bool") -> list[int]:
@@ -323,7 +326,8 @@ class Tracing(TorchFunctionMode):
             refuse(f"{name} of one tensor", f"{ALLOWED} are there", _INSTEAD[name])
         name = _SYNONYMS.get(name, name)
         if func is torch.Tensor.where:
-            args = (args[1], args[0], args[2])
+            given = dict(zip(("condition", "other"), args[1:], strict=False)) | kwargs
+            args, kwargs = (given["condition"], args[0], given["other"]), {}
         if (name in _FILLED or name in ("to", "bool", "int", "float")) and not func.__name__.startswith("__"):
             return self._converted(name, args, kwargs)
         if name not in (*_BINARY, *_FLOATS, "neg", "abs", "invert", "where", "clamp"):

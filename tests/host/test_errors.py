@@ -995,6 +995,14 @@ FUNCTIONS = [
     Row(
         "64 bits", masked_by(lambda b, h, i, j: i < 2**40), NotImplementedError, "constant 1099511627776", "32 bits", "a float"
     ),
+    Row(
+        "an infinite integer",
+        scored(lambda s, b, h, i, j: s + torch.full_like(i, math.inf)),
+        NotImplementedError,
+        "a conversion of inf to an integer",
+        "a finite number",
+        "torch.where",
+    ),
     Row("every 0th key", masked_by(masks.dilated(0)), ValueError, "has mod by 0", "another divisor is needed", "1 or more"),
     Row("blocks of 0", masked_by(masks.block_diagonal(0)), ValueError, "has floordiv by 0", "another divisor", "1 or more"),
     # Ready-made ones.

@@ -274,6 +274,16 @@ def test_what_does_nothing_is_nothing():
     assert attention(q[:, :0], k, v, mask=given_nothing, block_mask=block_mask(given_nothing, 1, 1, 0, 9)).shape == (1, 0, 1, 8)
 
 
+def test_where_as_a_method():
+    want = graph(None, lambda s, b, h, i, j: torch.where(i >= j, s, 2.0))
+    forms = (
+        lambda s, b, h, i, j: s.where(i >= j, 2.0),
+        lambda s, b, h, i, j: s.where(i >= j, other=2.0),
+        lambda s, b, h, i, j: s.where(other=2.0, condition=i >= j),
+    )
+    assert all(graph(None, score) == want for score in forms)
+
+
 def test_a_bias_has_no_slope():
     assert graph(None, lambda score, batch, head, q_idx, kv_idx: 3.0 - (kv_idx - score))[0].slope is None
     assert graph(None, None, (), torch.ones(2))[0].slope is None
