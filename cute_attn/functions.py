@@ -240,11 +240,13 @@ def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
 
 def element_of(x: torch.Tensor) -> Callable:
     """A function of positions that takes an element of ``x``, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``. It
-    has an index for each dimension along which x differs, those that are closest in memory last."""
+    has an index for each dimension along which x differs, those that are closest in memory last; or its gradient, which of an
+    expanded tensor that keeps its own is another for each of the elements that lie at one place."""
     strides = dict(zip(range(4 - x.dim(), 4), zip(x.shape, x.stride(), strict=True), strict=True))
-    differ = [n for n, (size, stride) in strides.items() if size > 1 and stride]
+    keeps = x.requires_grad and torch.is_grad_enabled() and (x.is_leaf or x.retains_grad)
+    differ = [n for n, (size, stride) in strides.items() if size > 1 and (stride or keeps)]
     # By how many strides are larger, and not by the stride itself: torch.compile may have a symbol for that, and sorts by none.
-    dims = tuple(sorted(differ, key=lambda n: len([m for m in differ if strides[m][1] > strides[n][1]])))
+    dims = tuple(sorted(differ, key=lambda n: len([m for m in differ if strides[m][1] > strides[n][1] > 0])))
     part = x[tuple(slice(None) if dim in dims else 0 for dim in strides)]
     part = part.permute([sorted(dims).index(dim) for dim in dims])
     return lambda *where: part[tuple(where[dim] for dim in dims)]

@@ -89,6 +89,21 @@ def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
         assert captured.is_contiguous()
 
 
+@pytest.mark.parametrize("kept_by", ["a leaf", "retain_grad()"])
+def test_an_expanded_bias_that_keeps_its_gradient(kept_by):
+    """Has one for each of its elements, though some are one number in memory."""
+    q, k, v = make_qkv(2, 6, 10, 4, 2, 8, 8, torch.float64)
+    bias = zeros(4, 1, 10, dtype=torch.float64).expand(2, 4, 6, 10)
+    if kept_by == "a leaf":
+        bias = bias.detach().requires_grad_()
+    else:
+        bias.retain_grad()
+    attention(q, k, v, bias=bias).square().sum().backward()
+    whole = torch.zeros(2, 4, 6, 10, dtype=torch.float64, requires_grad=True)
+    attention(q, k, v, bias=whole).square().sum().backward()
+    torch.testing.assert_close(bias.grad, whole.grad)
+
+
 @pytest.mark.parametrize(
     ("dtype", "keys", "row", "first", "n"),
     [
